@@ -1,0 +1,391 @@
+// y = act(x W^T + b) for a weight stored by rows (linear.h), in two loops:
+//   few tokens   a row's stored values are expanded to columns in registers, each vector used for up to kMaxTokens
+//                tokens; x stays in L1. Bound by memory at one token.
+//   many tokens  tokens lie in lanes: per stored value one broadcast and V multiply-adds whose operand is a row of
+//                x^T in L1; zeros cost nothing but the decoding of their bits, done once for all tokens.
+// Included inside a target's namespace after simd.h and activation.h; no include guard.
+
+namespace {
+
+#if defined(FASTICL_TARGET_AVX512)
+constexpr int kMaxTokens = 8;  // accumulators of the first loop: 2 * tokens of 32 registers
+#else
+constexpr int kMaxTokens = 4;
+#endif
+constexpr int64_t kWord = 64;        // columns in one step of the first loop
+constexpr int64_t kRowBlock = 64;    // rows whose column lists are decoded together
+constexpr int64_t kTokenBlock = 512; // tokens whose x^T is packed together
+constexpr int64_t kTileBytes = 32768;  // of x^T: leaves a third of a 48 KiB L1 to values, lists and sums
+static_assert(kTileBytes <= 65536, "column lists hold 16-bit byte offsets into a tile");
+
+// The values of row n, with 32 elements behind them that may be read: a vector load may run past the row's end, and
+// behind the last rows of a weight there may be no memory.
+template <class T>
+FASTICL_INLINE const T* row_values(const RowWeight& w, int64_t n, T* spare) {
+  const int64_t begin = w.row_start(n), end = w.row_start(n + 1);
+  const T* values = static_cast<const T*>(w.values) + begin;
+  if (end + 2 * kLanes <= w.row_start(w.N)) return values;
+  __builtin_memcpy(spare, values, static_cast<size_t>(end - begin) * sizeof(T));
+  return spare;
+}
+
+// Bits of columns [64 w, 64 w + 64) of a row whose mask has `bytes` bytes.
+FASTICL_INLINE uint64_t mask_word(const uint8_t* mask, int64_t w, int64_t bytes) {
+  uint64_t word = 0;
+  const int64_t left = bytes - 8 * w;
+  if (left >= 8) {
+    __builtin_memcpy(&word, mask + 8 * w, 8);
+  } else if (left > 0) {
+    __builtin_memcpy(&word, mask + 8 * w, static_cast<size_t>(left));
+  }
+  return word;
+}
+
+// First row of thread t of T, so that the threads store about equally many values (an empty row counts a little).
+inline int64_t first_row(const RowWeight& w, int64_t t, int64_t T) {
+  if (!w.row_offsets) return w.N * t / T;
+  const int64_t row_cost = w.K / 32 + 1;
+  const int64_t total = w.row_offsets[w.N] + row_cost * w.N;
+  int64_t lo = 0, hi = w.N;  // smallest n with cost(n) >= total * t / T
+  while (lo < hi) {
+    const int64_t mid = (lo + hi) / 2;
+    if ((w.row_offsets[mid] + row_cost * mid) * T < total * t) {
+      lo = mid + 1;
+    } else {
+      hi = mid;
+    }
+  }
+  return lo;
+}
+
+// ---- few tokens --------------------------------------------------------------------------------------------
+
+// x as float32 [M, round_up(K, 64)], padded with zeros, columns in the order of expand32.
+template <class T>
+void widen_rows(const T* x, int64_t M, int64_t K, int64_t stride, float* out) {
+  const int64_t padded = round_up(K, kWord);
+  for (int64_t m = 0; m < M; m++)
+    for (int64_t k = 0; k < padded; k += 2 * kLanes) {
+      Vec a, b;
+      const T* p = x + m * stride + k;
+      if (k + 2 * kLanes <= K) {
+        load32(p, a, b);
+      } else {
+        T buffer[2 * kLanes] = {};
+        if (k < K) __builtin_memcpy(buffer, p, static_cast<size_t>(K - k) * sizeof(T));
+        load32(buffer, a, b);
+      }
+      store(out + m * padded + k, a);
+      store(out + m * padded + k + kLanes, b);
+    }
+}
+
+// out[b * out_stride + n] = sum_k x[b * x_stride + k] * W[n, k] for rows [n0, n1) and B tokens.
+template <class T, bool kDense, int B>
+void few_tokens(const RowWeight& w, int64_t n0, int64_t n1, const float* x, int64_t x_stride, float* out,
+                int64_t out_stride, T* spare) {
+  // At one and two tokens four sums a token hide the latency of the multiply-add; then the tokens themselves do.
+  constexpr int U = B <= 2 && kMaxTokens > 4 ? 4 : B <= 4 ? 2 : 1;
+  const int64_t bytes = w.mask_stride(), words = ceil_div(w.K, kWord);
+  for (int64_t n = n0; n < n1; n++) {
+    const T* p = row_values(w, n, spare);
+    const uint8_t* mask = kDense ? nullptr : w.bitmask + n * bytes;
+    Vec acc[U][B];
+    for (int u = 0; u < U; u++)
+      for (int b = 0; b < B; b++) acc[u][b] = zero();
+    for (int64_t i = 0; i < words; i++) {
+      const float* xi = x + i * kWord;
+      Vec v[4];
+      if (kDense) {
+        if (i == words - 1 && w.K % kWord) {
+          T buffer[kWord] = {};
+          __builtin_memcpy(buffer, p, static_cast<size_t>(w.K % kWord) * sizeof(T));
+          load32(buffer, v[0], v[1]);
+          load32(buffer + 32, v[2], v[3]);
+        } else {
+          load32(p, v[0], v[1]);
+          load32(p + 32, v[2], v[3]);
+        }
+        p += kWord;
+      } else {
+        const uint64_t m = mask_word(mask, i, bytes);
+        expand32(p, static_cast<uint32_t>(m), v[0], v[1]);
+        expand32(p + __builtin_popcount(static_cast<uint32_t>(m)), static_cast<uint32_t>(m >> 32), v[2], v[3]);
+        p += __builtin_popcountll(m);
+      }
+      for (int j = 0; j < 4; j++)
+        for (int b = 0; b < B; b++)
+          acc[j % U][b] = fma(v[j], load(xi + b * x_stride + j * kLanes), acc[j % U][b]);
+    }
+    for (int b = 0; b < B; b++) {
+      Vec s = acc[0][b];
+      for (int u = 1; u < U; u++) s = s + acc[u][b];
+      out[b * out_stride + n] = sum(s);
+    }
+  }
+}
+
+template <class T, bool kDense>
+void few_tokens_any(int64_t M, const RowWeight& w, int64_t n0, int64_t n1, const float* x, int64_t x_stride, float* out,
+                    int64_t out_stride, T* spare) {
+  while (M > 0) {
+    int done;
+    if (M >= 8 && kMaxTokens >= 8) {
+      few_tokens<T, kDense, kMaxTokens >= 8 ? 8 : 1>(w, n0, n1, x, x_stride, out, out_stride, spare);
+      done = 8;
+    } else if (M >= 4) {
+      few_tokens<T, kDense, 4>(w, n0, n1, x, x_stride, out, out_stride, spare);
+      done = 4;
+    } else if (M >= 2) {
+      few_tokens<T, kDense, 2>(w, n0, n1, x, x_stride, out, out_stride, spare);
+      done = 2;
+    } else {
+      few_tokens<T, kDense, 1>(w, n0, n1, x, x_stride, out, out_stride, spare);
+      done = 1;
+    }
+    M -= done;
+    x += done * x_stride;
+    out += done * out_stride;
+  }
+}
+
+// y[m, n] = act(sums[m, n] + bias[n]) for columns [n0, n1); sums may be y itself where y is float32.
+template <class T>
+void finish_rows(const LinearParams& p, const float* sums, int64_t sums_stride, int64_t n0, int64_t n1) {
+  const T* bias = static_cast<const T*>(p.bias);
+  for (int64_t m = 0; m < p.M; m++)
+    for (int64_t n = n0; n < n1; n += kLanes) {
+      Vec v = load_n(sums + m * sums_stride + n, n1 - n);
+      if (bias) v = v + load_n(bias + n, n1 - n);
+      store_n(static_cast<T*>(p.y) + m * p.y_stride + n, activate(p.activation, v), n1 - n);
+    }
+}
+
+template <class T>
+constexpr bool kIsFloat = false;
+template <>
+constexpr bool kIsFloat<float> = true;
+
+template <class T>
+void run_few(const LinearParams& p) {
+  static thread_local Scratch x_scratch, sums_scratch;
+  const RowWeight& w = p.weight;
+  const int64_t padded = round_up(w.K, kWord);
+  const float* x = static_cast<const float*>(p.x);
+  int64_t x_stride = p.x_stride;
+  if (!kIsFloat<T> || w.K % kWord) {
+    float* wide = x_scratch.get<float>(static_cast<size_t>(p.M * padded));
+    widen_rows(static_cast<const T*>(p.x), p.M, w.K, p.x_stride, wide);
+    x = wide;
+    x_stride = padded;
+  }
+  float* sums = static_cast<float*>(p.y);
+  int64_t sums_stride = p.y_stride;
+  if (!kIsFloat<T>) {
+    sums = sums_scratch.get<float>(static_cast<size_t>(p.M * w.N));
+    sums_stride = w.N;
+  }
+#pragma omp parallel num_threads(p.threads) if (p.threads > 1)
+  {
+    static thread_local Scratch spare_scratch;
+    T* spare = spare_scratch.get<T>(static_cast<size_t>(w.K + 2 * kLanes));
+    const int64_t t = thread_index(), T_ = thread_count();
+    const int64_t n0 = first_row(w, t, T_), n1 = first_row(w, t + 1, T_);
+    if (w.bitmask) {
+      few_tokens_any<T, false>(p.M, w, n0, n1, x, x_stride, sums, sums_stride, spare);
+    } else {
+      few_tokens_any<T, true>(p.M, w, n0, n1, x, x_stride, sums, sums_stride, spare);
+    }
+    if (!kIsFloat<T> || p.bias || p.activation != Activation::none) finish_rows<T>(p, sums, sums_stride, n0, n1);
+  }
+}
+
+// ---- many tokens -------------------------------------------------------------------------------------------
+
+// x^T of one panel: out[k * 16V + j] = x[first + j, k], zero where first + j >= M. Columns [k0, k1), multiples of 16.
+template <class T, int V>
+void pack_panel(const LinearParams& p, int64_t first, int64_t k0, int64_t k1, float* out) {
+  const int64_t K = p.weight.K;
+  for (int64_t k = k0; k < k1; k += kLanes)
+    for (int v = 0; v < V; v++) {
+      Vec r[kLanes];
+      for (int i = 0; i < kLanes; i++) {
+        const int64_t m = first + v * kLanes + i;
+        r[i] = m < p.M ? load_n(static_cast<const T*>(p.x) + m * p.x_stride + k, K - k) : zero();
+      }
+      transpose16(r);
+      for (int i = 0; i < kLanes; i++) store(out + (k + i) * V * kLanes + v * kLanes, r[i]);
+    }
+}
+
+// Stored values as float32: in place for float32, else converted into `wide`.
+FASTICL_INLINE const float* widen_values(const float* p, int64_t, float*) { return p; }
+template <class T>
+FASTICL_INLINE const float* widen_values(const T* p, int64_t count, float* wide) {
+  for (int64_t i = 0; i < count; i += kLanes) store(wide + i, load(p + i));
+  return wide;
+}
+
+// y[j] += sum_i values[i] * xt[offsets[i] / 4 + j] for 16V tokens j.
+template <int V>
+FASTICL_INLINE void add_row(const uint16_t* offsets, const float* values, int count, const float* xt, float* y, bool first) {
+  constexpr int D = V >= 4 ? 2 : 4;  // independent chains, to hide the latency of the multiply-add
+  Vec acc[D][V];
+  for (int d = 0; d < D; d++)
+    for (int v = 0; v < V; v++) acc[d][v] = d || first ? zero() : load(y + v * kLanes);
+  const char* base = reinterpret_cast<const char*>(xt);
+  int i = 0;
+  for (; i + D <= count; i += D)
+    for (int d = 0; d < D; d++) {
+      const float* column = reinterpret_cast<const float*>(base + offsets[i + d]);
+      const Vec value = set1(values[i + d]);
+      for (int v = 0; v < V; v++) acc[d][v] = fma(value, load(column + v * kLanes), acc[d][v]);
+    }
+  for (; i < count; i++) {
+    const float* column = reinterpret_cast<const float*>(base + offsets[i]);
+    const Vec value = set1(values[i]);
+    for (int v = 0; v < V; v++) acc[0][v] = fma(value, load(column + v * kLanes), acc[0][v]);
+  }
+  for (int v = 0; v < V; v++) {
+    Vec s = acc[0][v];
+    for (int d = 1; d < D; d++) s = s + acc[d][v];
+    store(y + v * kLanes, s);
+  }
+}
+
+// Rows [r0, r1) of the block against all panels; sums [panels][kRowBlock][16V].
+template <class T, int V>
+struct ManyTokens {
+  static constexpr int64_t L = V * kLanes;                                // tokens in a panel
+  static constexpr int64_t kTile = kTileBytes / (L * 4) / kWord * kWord;  // columns in a tile
+  static_assert(kTile >= kWord, "a tile holds whole mask words");
+  static constexpr int64_t kList = kTile + 2 * kLanes;  // entries of a column list, with room for a whole vector
+
+  uint16_t offsets[kRowBlock * kList];
+  float wide[kIsFloat<T> ? 1 : kRowBlock * kList];
+  const float* values[kRowBlock];
+  int counts[kRowBlock];
+  const T* next[kRowBlock];
+
+  void block(const LinearParams& p, int64_t r0, int64_t r1, const float* xt, int64_t padded, int64_t panels,
+             int64_t first_token, float* sums, T* spare) {
+    const RowWeight& w = p.weight;
+    const int64_t bytes = w.mask_stride();
+    for (int64_t r = r0; r < r1; r++) next[r - r0] = row_values(w, r, spare + (r - r0) * (w.K + 2 * kLanes));
+    for (int64_t k0 = 0; k0 < w.K; k0 += kTile) {
+      for (int64_t r = r0; r < r1; r++) {
+        uint16_t* list = offsets + (r - r0) * kList;
+        int count = 0;
+        for (int64_t k = k0; k < k0 + kTile && k < w.K; k += kWord) {
+          const uint64_t m = mask_word(w.bitmask + r * bytes, k / kWord, bytes);
+          const uint16_t base = static_cast<uint16_t>((k - k0) * L * 4);
+          count += append_set_bits(static_cast<uint32_t>(m), base, L * 4, list + count);
+          count += append_set_bits(static_cast<uint32_t>(m >> 32), static_cast<uint16_t>(base + 32 * L * 4), L * 4,
+                                   list + count);
+        }
+        counts[r - r0] = count;
+        values[r - r0] = widen_values(next[r - r0], count, wide + (kIsFloat<T> ? 0 : (r - r0) * kList));
+        next[r - r0] += count;
+      }
+      for (int64_t q = 0; q < panels; q++)
+        for (int64_t r = 0; r < r1 - r0; r++)
+          add_row<V>(offsets + r * kList, values[r], counts[r], xt + q * padded * L + k0 * L,
+                     sums + (q * kRowBlock + r) * L, k0 == 0);
+    }
+    finish(p, r0, r1, panels, first_token, sums);
+  }
+
+  void finish(const LinearParams& p, int64_t r0, int64_t r1, int64_t panels, int64_t first_token, const float* sums) {
+    const T* bias = static_cast<const T*>(p.bias);
+    for (int64_t q = 0; q < panels; q++)
+      for (int64_t r = r0; r < r1; r += kLanes) {
+        const Vec b = bias ? load_n(bias + r, r1 - r) : zero();
+        for (int v = 0; v < V; v++) {
+          Vec s[kLanes];
+          for (int i = 0; i < kLanes; i++)
+            s[i] = r + i < r1 ? load(sums + (q * kRowBlock + r - r0 + i) * L + v * kLanes) : zero();
+          transpose16(s);
+          for (int i = 0; i < kLanes; i++) {
+            const int64_t m = first_token + q * L + v * kLanes + i;
+            if (m >= p.M) break;
+            store_n(static_cast<T*>(p.y) + m * p.y_stride + r, activate(p.activation, s[i] + b), r1 - r);
+          }
+        }
+      }
+  }
+};
+
+// Tokens [m0, m1).
+template <class T, int V>
+void run_many(const LinearParams& p, int64_t m0, int64_t m1) {
+  using Kernel = ManyTokens<T, V>;
+  static thread_local Scratch x_scratch;
+  const RowWeight& w = p.weight;
+  const int64_t padded = round_up(w.K, kLanes);
+  for (int64_t first = m0; first < m1; first += kTokenBlock) {
+    const int64_t panels = ceil_div(std::min(m1 - first, kTokenBlock), Kernel::L);
+    float* xt = x_scratch.get<float>(static_cast<size_t>(panels * padded * Kernel::L));
+    LinearParams block = p;
+    block.M = m1;
+#pragma omp parallel num_threads(p.threads) if (p.threads > 1)
+    {
+      static thread_local Scratch kernel_scratch, sums_scratch, spare_scratch;
+      Kernel* kernel = kernel_scratch.get<Kernel>(1);
+      float* sums = sums_scratch.get<float>(static_cast<size_t>(panels * kRowBlock * Kernel::L));
+      const int64_t t = thread_index(), T_ = thread_count();
+      const int64_t chunks = padded / kLanes;
+      for (int64_t q = 0; q < panels; q++)
+        pack_panel<T, V>(block, first + q * Kernel::L, chunks * t / T_ * kLanes, chunks * (t + 1) / T_ * kLanes,
+                         xt + q * padded * Kernel::L);
+#pragma omp barrier
+      const int64_t n0 = first_row(w, t, T_), n1 = first_row(w, t + 1, T_);
+      T* spare = spare_scratch.get<T>(static_cast<size_t>(kRowBlock * (w.K + 2 * kLanes)));
+      for (int64_t r = n0; r < n1; r += kRowBlock)
+        kernel->block(block, r, std::min(r + kRowBlock, n1), xt, padded, panels, first, sums, spare);
+    }
+  }
+}
+
+// ---- choice ------------------------------------------------------------------------------------------------
+
+template <class T>
+void run_rows(LinearParams p) {
+  const RowWeight& w = p.weight;
+  if (!w.bitmask) return run_few<T>(p);  // dense
+  // Tokens that the second loop takes: whole panels of 64, and what is left in the smallest panel that holds it.
+  int64_t done = 0;
+  while (p.M - done > kMaxTokens) {
+    const int64_t left = p.M - done;
+    if (left > 32) {
+      const int64_t whole = left % 64 > 32 || left % 64 == 0 ? left : left / 64 * 64;
+      run_many<T, 4>(p, done, done + whole);
+      done += whole;
+    } else if (left > 16) {
+      run_many<T, 2>(p, done, p.M);
+      done = p.M;
+    } else {
+      run_many<T, 1>(p, done, p.M);
+      done = p.M;
+    }
+  }
+  if (done < p.M) {
+    p.x = static_cast<const T*>(p.x) + done * p.x_stride;
+    p.y = static_cast<T*>(p.y) + done * p.y_stride;
+    p.M -= done;
+    run_few<T>(p);
+  }
+}
+
+inline void run_row_linear(const LinearParams& p) {
+  if (p.M == 0 || p.weight.N == 0) return;
+  switch (p.dtype) {
+    case DType::f32:
+      return run_rows<float>(p);
+    case DType::bf16:
+      return run_rows<bf16>(p);
+    case DType::f16:
+      return run_rows<f16>(p);
+  }
+}
+
+}  // namespace

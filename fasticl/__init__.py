@@ -1,0 +1,32 @@
+"""FastICL turns a pruned Transformer into a faster one.
+
+    model = AutoModelForCausalLM.from_pretrained(...)
+    fasticl.sparsify_(model, fasticl.Wanda(0.5), calibration)   # which weights go
+    fasticl.convert(model)                                      # store and compute what is left
+"""
+
+import torch  # first: its OpenMP runtime is the one that the kernels then share
+
+from fasticl import nn, ops
+from fasticl.convert import ConversionReport, convert, explain
+from fasticl.formats import PackedWeight, pack
+from fasticl.ops import implementations
+from fasticl.prune import Magnitude, NeuronActivation, Wanda, sparsify_
+
+__version__ = "0.1.0"
+__all__ = [
+    "ConversionReport",
+    "Magnitude",
+    "NeuronActivation",
+    "PackedWeight",
+    "Wanda",
+    "__version__",
+    "convert",
+    "explain",
+    "implementations",
+    "nn",
+    "ops",
+    "pack",
+    "sparsify_",
+]
+del torch

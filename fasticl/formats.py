@@ -1,0 +1,359 @@
+"""Storage of pruned weights.
+
+The *portable* form is a bitmask and the stored values by rows, the tensors of compressed-tensors' ``sparse-bitmask``:
+
+    bitmask      uint8 [N, ceil(K / 8)]; bit k % 8 of bitmask[n, k // 8] says that W[n, k] is stored; tail bits are 0
+    values       [nnz] in the weight's dtype, row by row
+    row_offsets  int64 [N + 1]; row n is values[row_offsets[n] : row_offsets[n + 1]]
+
+On the CPU the row kernels run on this form as it is: it streams a row's values once and needs a bit per position,
+``4 d + 1/8`` bytes for float32 at density ``d``, and one copy serves one token and a thousand. Formats:
+
+    bitmap   any zeros
+    nm       exactly n values in every m consecutive columns; zeros are stored where a group has fewer
+    sliced   bitmap and, derived from it, a list of indexed values for one to eight tokens; pays above about 75 % zeros
+    compact  whole rows or columns are gone: the dense rest and which ones it kept
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fasticl import _C
+
+FORMATS = ("auto", "bitmap", "sliced", "nm", "compact")
+PATTERNS = ("2:4", "4:8", "8:16")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SLICED_MIN_SPARSITY = 0.8  # "auto" derives the sliced layout from here on (benchmarks/results)
+SLICED_MAX_K = 65535  # its windows start at 16-bit columns
+STEP_BYTES = 20  # lane mask (2), window (2), an index a lane (16)
+
+
+@dataclass(frozen=True)
+class SlicedLayout:
+    """One non-zero a row and step, for slices of 16 rows (csrc/sliced_linear_cpu.cpp).
+
+    steps: uint8 [steps, 20]; row_order: int32 [ceil(N / 16) * 16], -1 for none; slice_offsets: int64 [slices + 1, 2], first
+    step and first value; values: the stored values, step by step.
+    """
+
+    values: Tensor
+    steps: Tensor
+    slice_offsets: Tensor
+    row_order: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A pruned weight ``[N, K]``; made by :func:`pack`, read by the ops. Immutable; ``.to`` returns another one.
+
+    ``compact`` keeps ``values`` as the dense ``[len(rows), len(columns)]`` rest; the other formats keep the portable form.
+    """
+
+    format: str
+    shape: tuple[int, int]
+    values: Tensor
+    bitmask: Tensor
+    row_offsets: Tensor
+    pattern: str | None = None
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+    sliced: SlicedLayout | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
+    def density(self) -> float:
+        """Stored values over positions; explicit zeros count as stored."""
+        return self.values.numel() / max(1, self.shape[0] * self.shape[1])
+
+    @property
+    def bytes(self) -> int:
+        """Memory held, in bytes: the portable form and what was derived from it."""
+        return sum(t.numel() * t.element_size() for t in self._tensors())
+
+    @property
+    def bytes_read(self) -> int:
+        """What one product with one token reads of the weight, in bytes: the numerator of the roofline."""
+        if self.sliced is not None:
+            return sum(t.numel() * t.element_size() for t in vars(self.sliced).values())
+        return self.bytes
+
+    @property
+    def dense_bytes(self) -> int:
+        """What the dense weight would take, in bytes."""
+        return self.shape[0] * self.shape[1] * self.values.element_size()
+
+    def _tensors(self) -> list[Tensor]:
+        own = [self.values, self.bitmask, self.row_offsets, self.rows, self.columns]
+        derived = list(vars(self.sliced).values()) if self.sliced is not None else []
+        return [t for t in own + derived if t is not None]
+
+    def __repr__(self) -> str:
+        pattern = f", pattern={self.pattern!r}" if self.pattern else ""
+        return (
+            f"PackedWeight(format={self.format!r}, shape={list(self.shape)}, dtype={self.dtype}, device={self.device}, "
+            f"density={self.density:.3f}, bytes={self.bytes}{pattern})"
+        )
+
+    def unpack(self) -> Tensor:
+        """The dense ``[N, K]`` weight, bit for bit what was packed."""
+        if self.format == "compact":
+            assert self.rows is not None and self.columns is not None
+            dense = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+            dense[self.rows[:, None], self.columns] = self.values
+            return dense
+        keep = expand_bits(self.bitmask, self.shape[1])
+        dense = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        bits = dense.view(_INTEGERS[self.dtype])  # as integers: a NaN keeps its payload
+        bits[keep] = self.values.reshape(-1).view(_INTEGERS[self.dtype])
+        return dense
+
+    def to(self, device: torch.device | str) -> PackedWeight:
+        """The same weight on another device."""
+
+        def move(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.to(device)
+
+        moved = {f.name: move(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name in _TENSOR_FIELDS}
+        sliced = None
+        if self.sliced is not None:
+            sliced = SlicedLayout(**{name: t.to(device) for name, t in vars(self.sliced).items()})
+        return dataclasses.replace(self, **moved, sliced=sliced)
+
+    def validate(self) -> PackedWeight:
+        """Checks everything that a kernel relies on; returns self.
+
+        Raises:
+            ValueError: naming the tensor, what was expected and what was found.
+        """
+        N, K = self.shape
+        _expect(self.format in FORMATS[1:], "format", f"one of {FORMATS[1:]}", repr(self.format))
+        _expect(N >= 0 and K >= 0, "shape", "sizes >= 0", [N, K])
+        for tensor in self._tensors():
+            _expect(tensor.is_contiguous(), "tensors", "contiguous", f"strides {tensor.stride()}")
+            _expect(tensor.device == self.device, "tensors", f"all on {self.device}", tensor.device)
+        if self.format == "compact":
+            for name, kept, size in (("rows", self.rows, N), ("columns", self.columns, K)):
+                _expect(kept is not None and kept.dtype == torch.int64, name, "int64 indices", kept)
+                assert kept is not None
+                inside = bool(((kept >= 0) & (kept < size)).all()) and bool((kept.diff() > 0).all())
+                _expect(inside, name, f"ascending in [0, {size})", f"{kept.numel()} others")
+            assert self.rows is not None and self.columns is not None
+            expected = [self.rows.numel(), self.columns.numel()]
+            _expect(list(self.values.shape) == expected, "values", f"shape {expected}", list(self.values.shape))
+            return self
+        _expect(self.bitmask.dtype == torch.uint8, "bitmask", "torch.uint8", self.bitmask.dtype)
+        mask_shape = [N, -(-K // 8)]
+        _expect(list(self.bitmask.shape) == mask_shape, "bitmask", f"shape {mask_shape}", list(self.bitmask.shape))
+        _expect(self.row_offsets.dtype == torch.int64, "row_offsets", "torch.int64", self.row_offsets.dtype)
+        _expect(list(self.row_offsets.shape) == [N + 1], "row_offsets", f"shape {[N + 1]}", list(self.row_offsets.shape))
+        _expect(self.values.dim() == 1, "values", "one dimension", list(self.values.shape))
+        if K % 8 and N:
+            tail = int((self.bitmask[:, -1] >> (K % 8)).max())
+            _expect(tail == 0, "bitmask", f"no bits at columns >= {K}", "some")
+        counts = count_bits(self.bitmask)
+        offsets = torch.zeros(N + 1, dtype=torch.int64, device=self.device)
+        torch.cumsum(counts, 0, out=offsets[1:])
+        if not torch.equal(offsets, self.row_offsets):
+            row = int((offsets != self.row_offsets).nonzero()[0])
+            _expect(False, f"row_offsets[{row}]", f"{int(offsets[row])} (bits before it)", int(self.row_offsets[row]))
+        _expect(self.values.numel() == int(offsets[-1]), "values", f"{int(offsets[-1])} of them (bits set)",
+                self.values.numel())  # fmt: skip
+        if self.format == "nm":
+            _expect(self.pattern in PATTERNS, "pattern", f"one of {PATTERNS}", repr(self.pattern))
+            assert self.pattern is not None
+            n, m = _nm(self.pattern)
+            groups = expand_bits(self.bitmask, K).view(N, K // m, m).sum(-1)
+            _expect(bool((groups == n).all()), "bitmask", f"{n} bits in every {m} columns", "other counts")
+        if self.format == "sliced":
+            _expect(self.sliced is not None, "sliced", "the derived layout", None)
+            assert self.sliced is not None
+            rebuilt = _slice(self.values, self.bitmask, self.row_offsets, K)
+            for name, tensor in vars(rebuilt).items():
+                same = torch.equal(_as_integers(tensor), _as_integers(getattr(self.sliced, name)))
+                _expect(same, f"sliced.{name}", "what the portable form gives", "another")
+        return self
+
+
+_TENSOR_FIELDS = ("values", "bitmask", "row_offsets", "rows", "columns")
+_INTEGERS = {
+    torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float64: torch.int64,
+}  # fmt: skip
+
+
+def pack(weight: Tensor, format: str = "auto", *, pattern: str | None = None) -> PackedWeight:
+    """Stores a pruned weight without its zeros.
+
+    Args:
+        weight: ``[N, K]``, float32, bfloat16, float16 or float64. Elements whose bits are all zero are dropped; -0.0,
+            denormals, NaN and infinities are kept, and ``pack(w).unpack()`` is ``w`` bit for bit.
+        format: ``"bitmap"``, ``"sliced"``, ``"nm"``, ``"compact"`` (see the module), or ``"auto"``: ``compact`` if the
+            non-zeros fill the rows and columns that have any, ``nm`` if a pattern holds, ``sliced`` from 80 % zeros on,
+            else ``bitmap``.
+        pattern: ``"2:4"``, ``"4:8"`` or ``"8:16"`` for ``format="nm"``; None takes the first that holds.
+
+    Raises:
+        TypeError: ``weight`` is no floating-point tensor of those dtypes.
+        ValueError: it is no matrix, the format is unknown, or the weight does not have the pattern.
+    """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: expected a torch.Tensor, got {type(weight).__name__}")
+    if weight.dtype not in DTYPES:
+        raise TypeError(f"weight: expected dtype float32, bfloat16, float16 or float64, got {weight.dtype}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight: expected shape [N, K], got {list(weight.shape)}")
+    if format not in FORMATS:
+        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    if pattern is not None and (format not in ("nm", "auto") or pattern not in PATTERNS):
+        raise ValueError(f"pattern: expected one of {', '.join(PATTERNS)} with format 'nm', got {pattern!r} with {format!r}")
+    weight = weight.detach().contiguous()
+    keep = weight.view(_INTEGERS[weight.dtype]) != 0
+
+    if format == "auto":
+        format, pattern = _choose(keep, pattern)
+    if format == "compact":
+        return _pack_compact(weight, keep)
+    if format == "nm":
+        pattern = pattern or _find_pattern(keep)
+        if pattern is None:
+            raise ValueError(f"weight: expected at most n of every m columns for one of {', '.join(PATTERNS)}, got more")
+        keep = _complete_groups(keep, pattern)
+    values = weight.masked_select(keep)
+    bitmask = _pack_bits(keep)
+    row_offsets = torch.zeros(weight.shape[0] + 1, dtype=torch.int64, device=weight.device)
+    torch.cumsum(keep.sum(1), 0, out=row_offsets[1:])
+    N, K = weight.shape
+    sliced = None
+    if format == "sliced":
+        sliced = _slice(values, bitmask, row_offsets, K)
+    return PackedWeight(format, (N, K), values, bitmask, row_offsets, pattern=pattern, sliced=sliced)
+
+
+def from_portable(
+    format: str, shape: tuple[int, int], values: Tensor, bitmask: Tensor, row_offsets: Tensor, pattern: str | None = None
+) -> PackedWeight:
+    """A packed weight of tensors that were stored in the portable form; derives what its format needs, and validates."""
+    packed = PackedWeight("bitmap", shape, values, bitmask, row_offsets).validate()
+    if format == "sliced":
+        packed = dataclasses.replace(packed, format=format, sliced=_slice(values, bitmask, row_offsets, shape[1]))
+    elif format == "nm":
+        packed = dataclasses.replace(packed, format=format, pattern=pattern).validate()
+    elif format != "bitmap":
+        raise ValueError(f"format: expected 'bitmap', 'sliced' or 'nm', got {format!r}")
+    return packed
+
+
+def expand_bits(bitmask: Tensor, K: int) -> Tensor:
+    """``bitmask`` uint8 [N, ceil(K / 8)] as bool [N, K]."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
+    bits = (bitmask[:, :, None] >> shifts) & 1
+    return bits.reshape(bitmask.shape[0], -1)[:, :K].bool()
+
+
+def count_bits(bitmask: Tensor) -> Tensor:
+    """Set bits of each row, int64 [N]."""
+    table = torch.tensor([bin(i).count("1") for i in range(256)], dtype=torch.uint8, device=bitmask.device)
+    return table[bitmask.int()].sum(1, dtype=torch.int64)
+
+
+def _pack_bits(keep: Tensor) -> Tensor:
+    if keep.device.type == "cpu":
+        return torch.from_numpy(np.packbits(keep.numpy(), axis=1, bitorder="little"))
+    padded = torch.nn.functional.pad(keep.to(torch.uint8), (0, -keep.shape[1] % 8)).view(keep.shape[0], -1, 8)
+    return (padded << torch.arange(8, dtype=torch.uint8, device=keep.device)).sum(-1, dtype=torch.uint8)
+
+
+def _nm(pattern: str) -> tuple[int, int]:
+    n, m = pattern.split(":")
+    return int(n), int(m)
+
+
+def _find_pattern(keep: Tensor) -> str | None:
+    for pattern in PATTERNS:
+        n, m = _nm(pattern)
+        if keep.shape[1] % m == 0 and bool((keep.view(keep.shape[0], -1, m).sum(-1, dtype=torch.uint8) <= n).all()):
+            return pattern
+    return None
+
+
+def _complete_groups(keep: Tensor, pattern: str) -> Tensor:
+    """``keep`` with the first unset columns of each group added until every group of m has n."""
+    n, m = _nm(pattern)
+    N, K = keep.shape
+    if K % m:
+        raise ValueError(f"weight: expected columns divisible by {m} for {pattern}, got {K}")
+    groups = keep.reshape(-1, m)
+    counts = groups.sum(1, dtype=torch.uint8)
+    most = int(counts.max()) if counts.numel() else 0
+    if most > n:
+        raise ValueError(f"weight: expected at most {n} of every {m} columns for {pattern}, got {most}")
+    short = (counts < n).nonzero().squeeze(1)
+    if short.numel():
+        groups = groups.clone()
+        free = ~groups[short]
+        groups[short] |= free & (free.cumsum(1) <= (n - counts[short].long())[:, None])
+    return groups.view(N, K)
+
+
+def _choose(keep: Tensor, pattern: str | None) -> tuple[str, str | None]:
+    N, K = keep.shape
+    stored = int(keep.sum())
+    total = max(1, N * K)
+    filled = int(keep.any(1).sum()) * int(keep.any(0).sum())
+    if filled < total and stored >= 0.9 * filled:
+        return "compact", None
+    if stored < total:
+        found = pattern or _find_pattern(keep)
+        if found is not None and stored >= 0.45 * total:  # sparser weights only happen to fit
+            return "nm", found
+    if stored <= (1 - SLICED_MIN_SPARSITY) * total and K <= SLICED_MAX_K:
+        return "sliced", None
+    return "bitmap", None
+
+
+def _pack_compact(weight: Tensor, keep: Tensor) -> PackedWeight:
+    rows, columns = keep.any(1).nonzero().squeeze(1), keep.any(0).nonzero().squeeze(1)
+    empty = torch.empty(0, dtype=torch.uint8, device=weight.device)
+    N, K = weight.shape
+    values = weight[rows][:, columns].contiguous()
+    return PackedWeight("compact", (N, K), values, empty, empty.long(), rows=rows, columns=columns)
+
+
+def _slice(values: Tensor, bitmask: Tensor, row_offsets: Tensor, K: int) -> SlicedLayout:
+    if K > SLICED_MAX_K:
+        raise ValueError(f"weight: expected at most {SLICED_MAX_K} columns for format 'sliced', got {K}; use 'bitmap'")
+    device = values.device
+    values, bitmask, row_offsets = values.cpu(), bitmask.cpu(), row_offsets.cpu()
+    N = bitmask.shape[0]
+    slices = -(-N // 16)
+    # Rows of about equal length share a slice, so that its lanes end together.
+    order = torch.full((slices * 16,), -1, dtype=torch.int32)
+    order[:N] = torch.argsort(row_offsets.diff(), descending=True, stable=True).int()
+    offsets = torch.zeros((slices + 1, 2), dtype=torch.int64)
+    sources = (bitmask.data_ptr(), row_offsets.data_ptr(), order.data_ptr(), slices, K)
+    _C.count_slices(*sources, offsets.data_ptr())
+    steps = torch.empty((int(offsets[-1, 0]), STEP_BYTES), dtype=torch.uint8)
+    sliced_values = torch.empty_like(values)
+    _C.fill_slices(*sources, values.data_ptr(), values.element_size(), steps.data_ptr(), sliced_values.data_ptr())
+    return SlicedLayout(*(t.to(device) for t in (sliced_values, steps, offsets, order)))
+
+
+def _as_integers(t: Tensor) -> Tensor:
+    return t.view(_INTEGERS[t.dtype]) if t.dtype.is_floating_point else t
+
+
+def _expect(condition: bool, what: str, expected: object, got: object) -> None:
+    if not condition:
+        raise ValueError(f"PackedWeight: {what}: expected {expected}, got {got}")

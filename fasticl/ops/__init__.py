@@ -1,0 +1,9 @@
+"""The ops: functions on tensors and packed weights, one file each."""
+
+from fasticl.ops._registry import check_activation, implementations
+from fasticl.ops.bitmap_linear import bitmap_linear
+from fasticl.ops.fused_mlp import fused_mlp
+from fasticl.ops.nm_linear import nm_linear
+from fasticl.ops.sliced_linear import sliced_linear
+
+__all__ = ["bitmap_linear", "fused_mlp", "implementations", "nm_linear", "sliced_linear"]

@@ -1,0 +1,53 @@
+"""What bitmap_linear, nm_linear and sliced_linear share: their reference and the checks at their door."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fasticl.formats import PackedWeight, expand_bits
+from fasticl.ops import _registry as registry
+
+
+def dense_from_bitmap(values: Tensor, bitmask: Tensor, K: int) -> Tensor:
+    """The dense ``[N, K]`` weight of row-major ``values`` and ``bitmask``; differentiable in ``values``."""
+    keep = expand_bits(bitmask, K)
+    dense = torch.zeros(keep.shape, dtype=values.dtype, device=values.device)
+    return dense.masked_scatter(keep, values.reshape(-1))
+
+
+def reference_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    """``act(x @ weight.T + bias)`` in float32 or wider, rounded once to ``x.dtype``."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = x.to(wide) @ weight.to(wide).T
+    if bias is not None:
+        y = y + bias.to(wide)
+    return registry.apply_activation(y, activation).to(x.dtype)
+
+
+def check_linear(
+    op: str, x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: str | None, formats: tuple[str, ...]
+) -> None:
+    if not isinstance(weight, PackedWeight):
+        raise TypeError(f"{op}: weight: expected a PackedWeight (fasticl.pack), got {type(weight).__name__}")
+    if weight.format not in formats:
+        raise ValueError(f"{op}: weight: expected format {' or '.join(formats)}, got {weight.format}")
+    N, K = weight.shape
+    registry.check_dtype(f"{op}: x", x, weight.dtype)
+    registry.check_device(f"{op}: weight", weight.values, x.device)
+    if x.dim() < 1 or x.shape[-1] != K:
+        raise ValueError(f"{op}: x: expected shape [..., {K}], got {list(x.shape)}")
+    if bias is not None:
+        registry.check_dtype(f"{op}: bias", bias, weight.dtype)
+        registry.check_device(f"{op}: bias", bias, x.device)
+        registry.check_shape(f"{op}: bias", bias, (N,))
+    registry.check_activation(activation)
+
+
+def fake_linear(x: Tensor, N: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], N))
+
+
+def kernel_takes(x: Tensor) -> bool:
+    """float64 runs the reference: the kernels accumulate in float32."""
+    return x.dtype in registry.DTYPES

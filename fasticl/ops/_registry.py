@@ -1,0 +1,108 @@
+"""Registration of the ops with PyTorch's dispatcher, and what every op's checks share.
+
+``torch.library.Library`` is used instead of ``@custom_op``: a call costs about 2 us instead of 10 to 15. The reference is
+registered for every device (CompositeExplicitAutograd), C++ kernels for CPU, GPU kernels for CUDA. The ops are for
+inference: a call that needs gradients goes through the reference, which autograd differentiates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fasticl import _C
+
+LIBRARY = torch.library.Library("fasticl", "DEF")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/cpu.h
+ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}  # as in csrc/cpu.h
+
+_implementations: dict[str, dict[str, str]] = {}
+
+
+def define(
+    schema: str,
+    *,
+    reference: Callable[..., Tensor],
+    fake: Callable[..., Tensor],
+    cpu: Callable[..., Tensor] | None = None,
+    cuda: Callable[..., Tensor] | None = None,
+) -> None:
+    """Defines ``fasticl::<schema>`` with its implementations; all take the arguments of the schema, in its order."""
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fasticl::{name}", fake, lib=LIBRARY)
+    if cpu is not None:
+        LIBRARY.impl(name, cpu, "CPU")
+    if cuda is not None:
+        LIBRARY.impl(name, cuda, "CUDA")
+    _implementations[name] = {
+        "cpu": "C++" if cpu is not None else "reference (PyTorch)",
+        "cuda": "Triton" if cuda is not None else "reference (PyTorch)",
+    }
+
+
+def implementations() -> dict[str, dict[str, str]]:
+    """Which implementation each op runs, by device: ``{"bitmap_linear": {"cpu": "C++ (avx512)", "cuda": ...}}``."""
+    return {
+        op: {device: f"C++ ({_C.target()})" if text == "C++" else text for device, text in by_device.items()}
+        for op, by_device in _implementations.items()
+    }
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def apply_activation(y: Tensor, activation: str | None) -> Tensor:
+    """The reference's activations, by name."""
+    if activation is None:
+        return y
+    if activation == "relu":
+        return torch.relu(y)
+    if activation == "silu":
+        return torch.nn.functional.silu(y)
+    return torch.nn.functional.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def check_activation(activation: str | None) -> None:
+    if activation not in ACTIVATIONS:
+        names = ", ".join(repr(name) for name in ACTIVATIONS)
+        raise ValueError(f"activation: expected one of {names}, got {activation!r}")
+
+
+def check_dtype(name: str, x: Tensor, expected: torch.dtype | None = None) -> None:
+    """``x`` is a tensor of a dtype that the kernels take, or of exactly the expected one."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if expected is not None and x.dtype != expected:
+        raise TypeError(f"{name}: expected dtype {expected}, got {x.dtype}")
+    if expected is None and not x.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
+
+
+def check_shape(name: str, x: Tensor, expected: tuple[int | str, ...]) -> None:
+    """Sizes given as int must match; given as str they are free and only name the dimension."""
+    fits = x.dim() == len(expected) and all(
+        isinstance(want, str) or size == want for size, want in zip(x.shape, expected, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{name}: expected shape [{', '.join(map(str, expected))}], got {list(x.shape)}")
+
+
+def check_device(name: str, x: Tensor, device: torch.device) -> None:
+    if x.device != device:
+        raise ValueError(f"{name}: expected on {device} like the first argument, got {x.device}")
+
+
+def address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def rows(x: Tensor) -> Tensor:
+    """``x [..., K]`` as a matrix ``[M, K]`` whose last dimension is contiguous; a copy only where strides force one."""
+    x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 is ambiguous for empty tensors
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()

@@ -1,0 +1,75 @@
+"""``bitmap_linear``: y = act(x W^T + b) for an unstructured-sparse W, stored as a bitmask and its non-zeros."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fasticl import _C
+from fasticl.formats import PackedWeight
+from fasticl.ops import _linear
+from fasticl.ops import _registry as registry
+
+
+def bitmap_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+    """``y = act(x @ dense(weight).T + bias)``, reading only a bit per position and the stored values.
+
+    Args:
+        x: ``[..., K]``, float32, bfloat16 or float16, any strides; float64 runs the reference.
+        weight: ``[N, K]`` from :func:`fasticl.pack` in format ``"bitmap"`` (or ``"sliced"``, whose portable form is
+            the same), of ``x``'s dtype.
+        bias: ``[N]`` of ``x``'s dtype, or None.
+        activation: None, ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``.
+
+    Returns:
+        ``[..., N]`` in ``x.dtype``; products accumulate in float32, the result is rounded once.
+
+    Up to 8 tokens (4 without AVX-512) positions that are not stored are multiplied as zeros, so an infinite x there
+    gives NaN, as the dense product does; with more tokens they are skipped.
+
+    Raises:
+        TypeError: ``x`` or ``bias`` is not of the weight's dtype, or ``weight`` is no PackedWeight.
+        ValueError: shapes, devices or the format do not fit, or the activation is unknown.
+    """
+    _linear.check_linear("bitmap_linear", x, weight, bias, activation, ("bitmap", "sliced", "nm"))
+    arguments = (x, weight.values, weight.bitmask, weight.row_offsets, bias, activation)
+    if registry.needs_grad(x, weight.values, bias):
+        return reference(*arguments)
+    return torch.ops.fasticl.bitmap_linear(*arguments)
+
+
+def reference(
+    x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, bias: Tensor | None, activation: str | None
+) -> Tensor:
+    dense = _linear.dense_from_bitmap(values, bitmask, x.shape[-1])
+    return _linear.reference_linear(x, dense, bias, activation)
+
+
+def _fake(
+    x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, bias: Tensor | None, activation: str | None
+) -> Tensor:
+    return _linear.fake_linear(x, bitmask.shape[0])
+
+
+def cpu(
+    x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, bias: Tensor | None, activation: str | None
+) -> Tensor:
+    if not _linear.kernel_takes(x):
+        return reference(x, values, bitmask, row_offsets, bias, activation)
+    N, K = bitmask.shape[0], x.shape[-1]
+    x2 = registry.rows(x)
+    y = x.new_empty((*x.shape[:-1], N))
+    _C.bitmap_linear(
+        x2.data_ptr(), x2.shape[0], x2.stride(0), values.data_ptr(), bitmask.data_ptr(), row_offsets.data_ptr(), N, K,
+        registry.address(bias), registry.ACTIVATIONS[activation], y.data_ptr(), N, registry.DTYPES[x.dtype],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+registry.define(
+    "bitmap_linear(Tensor x, Tensor values, Tensor bitmask, Tensor row_offsets, Tensor? bias, str? activation) -> Tensor",
+    reference=reference,
+    fake=_fake,
+    cpu=cpu,
+)

@@ -1,0 +1,84 @@
+"""``sliced_linear``: y = act(x W^T + b) for a W of which few values are left, each with its index."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fasticl import _C
+from fasticl.formats import PackedWeight
+from fasticl.ops import _linear
+from fasticl.ops import _registry as registry
+from fasticl.ops.bitmap_linear import cpu as bitmap_cpu
+from fasticl.ops.bitmap_linear import reference as bitmap_reference
+
+MAX_TOKENS = 8  # beyond, the portable form is faster: it lies beside the sliced one
+
+
+def sliced_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+    """``y = act(x @ dense(weight).T + bias)``, touching only stored values; meant for 75 % zeros and more.
+
+    Args:
+        x: ``[..., K]``, float32, bfloat16 or float16, any strides; float64 runs the reference.
+        weight: ``[N, K]`` from :func:`fasticl.pack` in format ``"sliced"``, of ``x``'s dtype. Up to 8 tokens run on its
+            sliced layout, more on its portable form, as :func:`fasticl.ops.bitmap_linear` does.
+        bias: ``[N]`` of ``x``'s dtype, or None.
+        activation: None, ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``.
+
+    Returns:
+        ``[..., N]`` in ``x.dtype``; products accumulate in float32, the result is rounded once.
+
+    Raises:
+        TypeError: ``x`` or ``bias`` is not of the weight's dtype, or ``weight`` is no PackedWeight.
+        ValueError: shapes, devices or the format do not fit, or the activation is unknown.
+    """
+    _linear.check_linear("sliced_linear", x, weight, bias, activation, ("sliced",))
+    layout = weight.sliced
+    assert layout is not None  # format "sliced" has it
+    portable = (weight.values, weight.bitmask, weight.row_offsets)
+    if registry.needs_grad(x, weight.values, bias):
+        return bitmap_reference(x, *portable, bias, activation)
+    return torch.ops.fasticl.sliced_linear(
+        x, *portable, layout.values, layout.steps, layout.slice_offsets, layout.row_order, bias, activation
+    )
+
+
+def reference(
+    x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, sliced_values: Tensor, steps: Tensor,
+    slice_offsets: Tensor, row_order: Tensor, bias: Tensor | None, activation: str | None,
+) -> Tensor:  # fmt: skip
+    return bitmap_reference(x, values, bitmask, row_offsets, bias, activation)
+
+
+def _fake(
+    x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, sliced_values: Tensor, steps: Tensor,
+    slice_offsets: Tensor, row_order: Tensor, bias: Tensor | None, activation: str | None,
+) -> Tensor:  # fmt: skip
+    return _linear.fake_linear(x, bitmask.shape[0])
+
+
+def cpu(
+    x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, sliced_values: Tensor, steps: Tensor,
+    slice_offsets: Tensor, row_order: Tensor, bias: Tensor | None, activation: str | None,
+) -> Tensor:  # fmt: skip
+    N, K = bitmask.shape[0], x.shape[-1]
+    M = x.numel() // K if K else 0
+    if M > MAX_TOKENS or K == 0 or not _linear.kernel_takes(x):
+        return bitmap_cpu(x, values, bitmask, row_offsets, bias, activation)
+    x2 = registry.rows(x)
+    y = x.new_empty((*x.shape[:-1], N))
+    _C.sliced_linear(
+        x2.data_ptr(), M, x2.stride(0), K, sliced_values.data_ptr(), steps.data_ptr(), slice_offsets.data_ptr(),
+        row_order.data_ptr(), slice_offsets.shape[0] - 1, registry.address(bias), registry.ACTIVATIONS[activation],
+        y.data_ptr(), N, registry.DTYPES[x.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+registry.define(
+    "sliced_linear(Tensor x, Tensor values, Tensor bitmask, Tensor row_offsets, Tensor sliced_values, Tensor steps, "
+    "Tensor slice_offsets, Tensor row_order, Tensor? bias, str? activation) -> Tensor",
+    reference=reference,
+    fake=_fake,
+    cpu=cpu,
+)

@@ -1,0 +1,1 @@
+"""Triton kernels, one file per op, installed as ``fasticl.kernels``. None yet: CUDA tensors run the reference."""
