@@ -15,8 +15,8 @@ bool supported(Target t) {
 #ifdef FASTICL_X86
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-                    __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("lzcnt") &&
-                    __builtin_cpu_supports("popcnt");
+                    __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+                    __builtin_cpu_supports("lzcnt") && __builtin_cpu_supports("popcnt");
   if (t == Target::avx2) return avx2;
   if (t == Target::avx512) {
     return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -44,21 +44,27 @@ PYBIND11_MODULE(_C, m) {
   using namespace fasticl;
   m.doc() = "CPU kernels of FastICL. Takes addresses; fasticl.ops checks what is passed here.";
   m.def("target", [] { return kTargetNames[static_cast<int>(in_force)]; }, "Instruction set in force.");
-  m.def("targets", [] {
-    py::list names;
-    for (const Target t : {Target::scalar, Target::avx2, Target::avx512})
-      if (supported(t)) names.append(kTargetNames[static_cast<int>(t)]);
-    return names;
-  }, "Instruction sets that this machine can run, worst first.");
-  m.def("set_target", [](const std::string& name) {
-    for (const Target t : {Target::scalar, Target::avx2, Target::avx512})
-      if (name == kTargetNames[static_cast<int>(t)]) {
-        if (!supported(t)) throw py::value_error("this machine cannot run the target '" + name + "'");
-        in_force = t;
-        return;
-      }
-    throw py::value_error("expected a target of targets(), got '" + name + "'");
-  }, "name"_a, "Forces an instruction set. For tests: results do not depend on it beyond rounding.");
+  m.def(
+      "targets",
+      [] {
+        py::list names;
+        for (const Target t : {Target::scalar, Target::avx2, Target::avx512})
+          if (supported(t)) names.append(kTargetNames[static_cast<int>(t)]);
+        return names;
+      },
+      "Instruction sets that this machine can run, worst first.");
+  m.def(
+      "set_target",
+      [](const std::string& name) {
+        for (const Target t : {Target::scalar, Target::avx2, Target::avx512})
+          if (name == kTargetNames[static_cast<int>(t)]) {
+            if (!supported(t)) throw py::value_error("this machine cannot run the target '" + name + "'");
+            in_force = t;
+            return;
+          }
+        throw py::value_error("expected a target of targets(), got '" + name + "'");
+      },
+      "name"_a, "Forces an instruction set. For tests: results do not depend on it beyond rounding.");
 #ifdef _OPENMP
   m.attr("openmp") = true;
 #else

@@ -41,10 +41,10 @@ Target target();
 
 // Calls `call` in the namespace of the target in force: FASTICL_DISPATCH(run(params)).
 #ifdef FASTICL_X86
-#define FASTICL_DISPATCH(call)                                  \
-  (::fasticl::target() == ::fasticl::Target::avx512             \
-       ? ::fasticl::avx512::call                                \
-       : ::fasticl::target() == ::fasticl::Target::avx2 ? ::fasticl::avx2::call : ::fasticl::scalar::call)
+#define FASTICL_DISPATCH(call)                                                \
+  (::fasticl::target() == ::fasticl::Target::avx512 ? ::fasticl::avx512::call \
+   : ::fasticl::target() == ::fasticl::Target::avx2 ? ::fasticl::avx2::call   \
+                                                    : ::fasticl::scalar::call)
 #else
 #define FASTICL_DISPATCH(call) ::fasticl::scalar::call
 #endif

@@ -12,7 +12,8 @@ void bind_nm_linear(py::module_& m) {
         py::gil_scoped_release release;
         const RowWeight w{pointer<const void>(values), pointer<const uint8_t>(bitmask), nullptr, N, K, row_values};
         row_linear({pointer<const void>(x), M, x_stride, w, pointer<const void>(bias),
-                    static_cast<Activation>(activation), pointer<void>(y), y_stride, static_cast<DType>(dtype), threads});
+                    static_cast<Activation>(activation), pointer<void>(y), y_stride, static_cast<DType>(dtype),
+                    threads});
       },
       "x"_a, "M"_a, "x_stride"_a, "values"_a, "bitmask"_a, "N"_a, "K"_a, "row_values"_a, "bias"_a, "activation"_a,
       "y"_a, "y_stride"_a, "dtype"_a, "threads"_a,

@@ -20,8 +20,8 @@ FASTICL_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 FASTICL_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 FASTICL_INLINE Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 FASTICL_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }  // a*b + c
-FASTICL_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }  // b where either is NaN
-FASTICL_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }  // b where either is NaN
+FASTICL_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }                // b where either is NaN
+FASTICL_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }                // b where either is NaN
 FASTICL_INLINE Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 FASTICL_INLINE Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
 FASTICL_INLINE Vec copysign(Vec a, Vec sign) {
@@ -60,8 +60,7 @@ FASTICL_INLINE Vec expand(const float* p, uint32_t mask) {
   return {_mm512_maskz_expand_ps(static_cast<__mmask16>(mask), _mm512_loadu_ps(p))};
 }
 FASTICL_INLINE __m256i expand16(const void* p, uint32_t mask) {
-  return _mm256_maskz_expand_epi16(static_cast<__mmask16>(mask),
-                                   _mm256_loadu_si256(static_cast<const __m256i*>(p)));
+  return _mm256_maskz_expand_epi16(static_cast<__mmask16>(mask), _mm256_loadu_si256(static_cast<const __m256i*>(p)));
 }
 FASTICL_INLINE Vec expand(const bf16* p, uint32_t mask) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(expand16(p, mask)), 16))};
@@ -100,8 +99,8 @@ FASTICL_INLINE Vec permute32(const float* window, const uint8_t* index) {
 
 // Appends unit * i + base to out for each set bit i of mask; returns their number. May write 32 entries.
 FASTICL_INLINE int append_set_bits(uint32_t mask, uint16_t base, uint16_t unit, uint16_t* out) {
-  const __m512i iota = _mm512_set_epi16(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13,
-                                        12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i iota = _mm512_set_epi16(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12,
+                                        11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const __m512i all = _mm512_add_epi16(_mm512_mullo_epi16(iota, _mm512_set1_epi16(static_cast<int16_t>(unit))),
                                        _mm512_set1_epi16(static_cast<int16_t>(base)));
   _mm512_storeu_si512(out, _mm512_maskz_compress_epi16(mask, all));
@@ -255,7 +254,8 @@ FASTICL_INLINE __m256 permute32(const float* window, __m256i i) {  // four 8-lan
   const __m256 b = _mm256_permutevar8x32_ps(_mm256_loadu_ps(window + 8), i);
   const __m256 c = _mm256_permutevar8x32_ps(_mm256_loadu_ps(window + 16), i);
   const __m256 d = _mm256_permutevar8x32_ps(_mm256_loadu_ps(window + 24), i);
-  const __m256 bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)), bit4 = _mm256_castsi256_ps(_mm256_slli_epi32(i, 27));
+  const __m256 bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)),
+               bit4 = _mm256_castsi256_ps(_mm256_slli_epi32(i, 27));
   return _mm256_blendv_ps(_mm256_blendv_ps(a, b, bit3), _mm256_blendv_ps(c, d, bit3), bit4);
 }
 FASTICL_INLINE Vec permute32(const float* window, const uint8_t* index) {

@@ -31,8 +31,7 @@ void slice_tokens(const uint8_t* step, int64_t steps, const T* p, const float* x
       __builtin_memcpy(&window, step + 2, 2);
       const Vec v = expand(p, mask);
       p += __builtin_popcount(mask);
-      for (int b = 0; b < B; b++)
-        acc[j % U][b] = fma(v, permute32(x + b * x_stride + window, step + 4), acc[j % U][b]);
+      for (int b = 0; b < B; b++) acc[j % U][b] = fma(v, permute32(x + b * x_stride + window, step + 4), acc[j % U][b]);
     }
   for (int b = 0; b < B; b++) {
     Vec s = acc[0][b];
@@ -155,7 +154,9 @@ namespace {
 // A row's stored columns in ascending order, and where its next value lies.
 class RowCursor {
  public:
-  RowCursor(const uint8_t* mask, int64_t bytes, int64_t value) : mask_(mask), bytes_(bytes), value_(value) { advance(); }
+  RowCursor(const uint8_t* mask, int64_t bytes, int64_t value) : mask_(mask), bytes_(bytes), value_(value) {
+    advance();
+  }
   bool done() const { return column_ < 0; }
   int64_t column() const { return column_; }
   int64_t take() {
@@ -220,11 +221,10 @@ void bind_sliced_linear(py::module_& m) {
         out[0] = out[1] = 0;
         for (int64_t s = 0; s < slices; s++) {
           int64_t values = 0;
-          const int64_t steps = cut_slice(pointer<const uint8_t>(bitmask), pointer<const int64_t>(row_offsets),
-                                          pointer<const int32_t>(row_order) + 16 * s, K,
-                                          [&](uint16_t mask, uint16_t, const uint8_t*, const int64_t*) {
-                                            values += __builtin_popcount(mask);
-                                          });
+          const int64_t steps = cut_slice(
+              pointer<const uint8_t>(bitmask), pointer<const int64_t>(row_offsets),
+              pointer<const int32_t>(row_order) + 16 * s, K,
+              [&](uint16_t mask, uint16_t, const uint8_t*, const int64_t*) { values += __builtin_popcount(mask); });
           out[2 * s + 2] = out[2 * s] + steps;
           out[2 * s + 3] = out[2 * s + 1] + values;
         }
@@ -262,10 +262,21 @@ void bind_sliced_linear(py::module_& m) {
          Address row_order, int64_t slices, Address bias, int activation, Address y, int64_t y_stride, int dtype,
          int threads) {
         py::gil_scoped_release release;
-        SlicedParams p{pointer<const void>(x), M, x_stride, K, pointer<const void>(values), pointer<const uint8_t>(steps),
-                       pointer<const int64_t>(slice_offsets), pointer<const int32_t>(row_order), slices,
-                       pointer<const void>(bias), static_cast<Activation>(activation), pointer<void>(y), y_stride,
-                       static_cast<DType>(dtype), threads};
+        SlicedParams p{pointer<const void>(x),
+                       M,
+                       x_stride,
+                       K,
+                       pointer<const void>(values),
+                       pointer<const uint8_t>(steps),
+                       pointer<const int64_t>(slice_offsets),
+                       pointer<const int32_t>(row_order),
+                       slices,
+                       pointer<const void>(bias),
+                       static_cast<Activation>(activation),
+                       pointer<void>(y),
+                       y_stride,
+                       static_cast<DType>(dtype),
+                       threads};
         if (p.slice_offsets[2 * slices + 1] * M < kThreadWork) p.threads = 1;
         FASTICL_DISPATCH(sliced_linear(p));
       },

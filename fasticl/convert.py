@@ -2,35 +2,54 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from fasticl import formats
 from fasticl.nn import SparseLinear, SparseMLP, dense_weight
-from fasticl.ops._registry import ACTIVATIONS, apply_activation
-from fasticl.prune import MLP, detect_pattern, find_mlps, fold_masks_
+from fasticl.prune import MLP, detect_pattern, fold_masks_
+from fasticl.replaceable import (
+    MLPModule,
+    linears_of,
+    mlp_modules,
+    obstacle,
+    part_linear,
+    plain_linear,
+    variant_of,
+    weight_readers,
+)
 from fasticl.timing import interleaved
 
+SKIP = ("lm_head",)
 TOKENS = (1, 128)  # decoding one sequence, and a prompt
 MIN_SPARSITY = 0.05  # below it no format is smaller than the dense weight by more than its bitmask
-COPIES = 8  # layers of one shape that are timed in turn, so that weights come from beyond the cache as in a model
-SECONDS = 0.08  # per timed group
+PACKED_LAYERS = 8  # of one kind, at most, are packed to be timed
+COLD_BYTES = 3 << 27  # of dense weights are read in turn: more than the last-level cache of nearly every CPU
+MAX_COPIES = 1024
+SECONDS = 0.08  # of timing for each contender and number of tokens
+
+Replacements = dict[nn.Module, nn.Module]
 
 
 @dataclass(frozen=True)
 class LayerDecision:
-    """One linear: what it is, what was measured, what was chosen. Times in milliseconds, by number of tokens."""
+    """A linear, or an MLP: what it is, what was measured, what was chosen. Times in milliseconds, by number of tokens.
+
+    ``shape`` is [N outputs, K inputs]; of an MLP [H hidden neurons, K inputs], as they were before any were removed.
+    """
 
     name: str
     shape: tuple[int, int]
     dtype: torch.dtype
     sparsity: float
     pattern: str
-    kernel: str  # "dense" or a format
+    kernel: str  # "dense", or a packed format; of an MLP "fused_mlp", or "unfused"
     reason: str
     ms_dense: dict[int, float] = field(default_factory=dict)
     ms_sparse: dict[int, float] = field(default_factory=dict)
@@ -42,89 +61,97 @@ class LayerDecision:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """``model`` is the converted model (the same object); ``layers`` one decision per linear."""
+    """``model`` is the converted model: the same object, or what replaced it if it was itself a linear or an MLP.
+
+    ``layers`` has a decision for each linear, ``mlps`` for each MLP that could run as one op.
+    """
 
     model: nn.Module
     layers: list[LayerDecision]
-    fused_mlps: list[str]
+    mlps: list[LayerDecision]
 
     @property
     def converted(self) -> list[LayerDecision]:
         return [layer for layer in self.layers if layer.kernel != "dense"]
 
+    @property
+    def fused_mlps(self) -> list[str]:
+        return [mlp.name for mlp in self.mlps if mlp.kernel == "fused_mlp"]
+
     def __str__(self) -> str:
         head = f"{len(self.converted)} of {len(self.layers)} linears run packed, {len(self.fused_mlps)} MLPs as one op"
-        return f"{head}\n{table(self.layers)}"
+        return f"{head}\n{table([*self.layers, *self.mlps])}"
 
 
 def convert(
     model: nn.Module,
     *,
     format: str = "auto",
-    skip: Sequence[str] = ("lm_head",),
+    skip: Sequence[str] = SKIP,
     min_speedup: float = 1.0,
     tokens: Sequence[int] = TOKENS,
 ) -> ConversionReport:
-    """Packs every pruned linear of ``model`` that runs faster packed; in place.
+    """Packs every pruned linear of ``model`` that runs faster packed; in place, for inference.
 
-    Masks of ``torch.nn.utils.prune`` are folded in first. Each linear (``nn.Linear``, GPT-2's Conv1D) with zeros is timed
-    dense and packed, interleaved, on the layers' own weights. It is replaced if the packed one is at least ``min_speedup``
-    times as fast at every number of tokens, and stays dense otherwise. An MLP module of which a linear was packed, or
-    whose pruned neurons can be removed, becomes one :class:`fasticl.nn.SparseMLP`, if a probe shows that the module
-    computes nothing else.
+    Masks of ``torch.nn.utils.prune`` are folded in first. Then, dense and sparse timed interleaved on the layers' own
+    weights, and replaced where the sparse one is at least ``min_speedup`` times as fast at every number of tokens:
+
+    1. an MLP module with dead hidden neurons, by a :class:`fasticl.nn.SparseMLP` without them;
+    2. each linear (``nn.Linear``, GPT-2's Conv1D) with zeros, by a :class:`fasticl.nn.SparseLinear`;
+    3. an MLP module of which a linear was packed, by one :class:`fasticl.nn.SparseMLP`.
+
+    A module counts as an MLP if a small copy of it, on random tokens in eval mode, computes just that. Layers with
+    hooks, and those whose weight their owner's ``forward`` reads, stay. Layers alike in shape, dtype, pattern and
+    sparsity (to 5 %) are timed together. Run the model under ``torch.inference_mode()``: where gradients are wanted,
+    packed layers compute through their reference, which is slow.
 
     Args:
         model: any module; its parameters stay where they are (CPU or GPU).
-        format: ``"auto"`` times the formats that suit the zeros; or ``"bitmap"``, ``"sliced"``, ``"nm"``, ``"compact"``.
+        format: ``"auto"`` times those that suit the zeros; or ``"bitmap"``, ``"sliced"``, ``"nm"``, ``"compact"``.
         skip: names, whole or last component, of modules that are left alone, with all that is in them.
         min_speedup: 0 converts every linear with zeros, whatever its speed.
         tokens: batch sizes that the layers will see: positions times sequences.
 
     Raises:
-        TypeError: ``model`` is no nn.Module.
-        ValueError: ``format`` is unknown, ``min_speedup`` negative, or ``tokens`` not positive.
+        TypeError: ``model`` is no nn.Module, or an argument of another type.
+        ValueError: ``format`` is unknown, ``min_speedup`` negative, ``tokens`` not positive, or a masked parameter is
+            shared with a module that does not mask it.
     """
     _check(model, format, skip, min_speedup, tokens)
     fold_masks_(model)
-    model = _replace(model, removed := _remove_neurons(model, skip))
-    decisions = _decide(model, format, skip, min_speedup, tokens)
-    packed: dict[nn.Module, nn.Module] = {}
-    for name, linear in _linears(model):
-        if decisions[name].kernel != "dense" and not isinstance(linear, SparseLinear):
-            packed[linear] = SparseLinear.from_linear(linear, decisions[name].kernel)
-    fused = _fuse_mlps(model, packed, skip)
-    names = {module: name for name, module in model.named_modules()}
-    for module in removed.values():
-        for part in ("up", "gate", "down"):
-            layer = decisions.get(f"{names[module]}.{part}")
-            if layer is not None and layer.kernel == "dense":
-                decisions[layer.name] = replace(layer, reason=f"neurons removed; {layer.reason}")
-    fused_names = [names[module] for module in [*removed.values(), *fused]]
-    model = _replace(model, packed | fused)
-    return ConversionReport(model, list(decisions.values()), sorted(fused_names))
+    report, smaller, packed = _plan(model, format, skip, min_speedup, tokens)
+    return replace(report, model=_replace(_replace(model, smaller), packed))
 
 
 def explain(model: nn.Module, *, tokens: Sequence[int] = TOKENS) -> str:
     """Prints, and returns, one line a linear: shape, sparsity, pattern, kernel, ms dense and packed, and the reason.
 
     For a model that :func:`convert` has not seen yet it says what convert would do; the model is not changed.
+
+    Raises:
+        TypeError, ValueError: as :func:`convert`.
     """
-    _check(model, "auto", (), 1.0, tokens)
-    text = table(_decide(model, "auto", (), 1.0, tokens).values())
+    _check(model, "auto", SKIP, 1.0, tokens)
+    text = str(_plan(model, "auto", SKIP, 1.0, tokens)[0])
     print(text)
     return text
 
 
-def table(layers: Iterable[LayerDecision]) -> str:
+def table(decisions: Sequence[LayerDecision]) -> str:
     """Decisions as aligned text."""
-    rows = [("layer", "shape", "zeros", "pattern", "kernel", "ms dense", "ms packed", "reason")]
-    for d in layers:
+    tokens = " / ".join(map(str, next((d.ms_dense for d in decisions if d.ms_dense), {})))
+    at = f" at {tokens} tokens" if tokens else ""
+    rows = [("layer", "shape", "zeros", "pattern", "kernel", f"ms dense{at}", "ms packed", "reason")]
+    for d in decisions:
         dense = " / ".join(f"{ms:.3f}" for ms in d.ms_dense.values())
         packed = " / ".join(f"{ms:.3f}" for ms in d.ms_sparse.values())
         shape = f"{d.shape[0]}x{d.shape[1]}"
-        rows.append((d.name, shape, f"{d.sparsity:.1%}", d.pattern, d.kernel, dense or "-", packed or "-", d.reason))
+        name = d.name or "(model)"
+        rows.append((name, shape, f"{d.sparsity:.1%}", d.pattern, d.kernel, dense or "-", packed or "-", d.reason))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def _check(model: object, format: str, skip: Sequence[str], min_speedup: float, tokens: Sequence[int]) -> None:
@@ -132,222 +159,252 @@ def _check(model: object, format: str, skip: Sequence[str], min_speedup: float, 
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if format not in formats.FORMATS:
         raise ValueError(f"format: expected one of {', '.join(formats.FORMATS)}, got {format!r}")
-    if isinstance(skip, str):
-        raise TypeError(f"skip: expected a sequence of names, got the string {skip!r}")
+    if isinstance(skip, str) or not all(isinstance(name, str) for name in skip):
+        raise TypeError(f"skip: expected a sequence of names, got {skip!r}")
+    if isinstance(min_speedup, bool) or not isinstance(min_speedup, int | float):
+        raise TypeError(f"min_speedup: expected a number, got {type(min_speedup).__name__}")
     if not min_speedup >= 0:
         raise ValueError(f"min_speedup: expected a number >= 0, got {min_speedup}")
-    if not tokens or any(not isinstance(m, int) or m < 1 for m in tokens):
+    if not isinstance(tokens, Sequence) or any(isinstance(m, bool) or not isinstance(m, int) for m in tokens):
+        raise TypeError(f"tokens: expected a sequence of integers, got {tokens!r}")
+    if not tokens or min(tokens) < 1:
         raise ValueError(f"tokens: expected positive integers, got {list(tokens)}")
 
 
-def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
+def _replace(model: nn.Module, new: Replacements) -> nn.Module:
     """Puts each value of ``new`` where its key stands, in all places; returns the model, or what replaced it."""
-    places = [(parent, name) for parent in model.modules() for name, child in parent.named_children() if child in new]
-    for parent, name in places:
-        setattr(parent, name, new[getattr(parent, name)])
+    places = [(parent, name, child) for parent in model.modules() for name, child in parent._modules.items()]
+    for parent, name, child in places:
+        if child in new:
+            setattr(parent, name, new[child])
     return new.get(model, model)
 
 
-def _decide(
+def _dense_bytes(linear: nn.Module) -> int:
+    if isinstance(linear, SparseLinear):
+        return linear.packed.dense_bytes
+    return dense_weight(linear).nbytes
+
+
+@dataclass(frozen=True)
+class _Clock:
+    """Times layers as a model runs them: with weights that other layers have driven out of the cache since."""
+
+    tokens: Sequence[int]
+    model_bytes: int  # of all dense weights: a small model stays in the cache, and so do the layers timed
+
+    def copies(self, dense_bytes: int) -> int:
+        """How many layers of this size to call in turn."""
+        return max(1, min(MAX_COPIES, min(COLD_BYTES, self.model_bytes) // max(1, dense_bytes)))
+
+    def time(
+        self, contenders: Mapping[str, Sequence[nn.Module]], weight: Tensor, dense_bytes: int
+    ) -> dict[str, dict[int, float]]:
+        """Milliseconds of each contender by number of tokens.
+
+        Args:
+            contenders: layers of one kind, as many for each name; copied until there are enough.
+            weight: x [tokens, K] has its K, dtype and device.
+            dense_bytes: weights of one layer when dense.
+        """
+        copies = self.copies(dense_bytes)
+        layers = {
+            name: [*some[:copies], *(copy.deepcopy(some[i % len(some)]) for i in range(len(some), copies))]
+            for name, some in contenders.items()
+        }
+        ms: dict[str, dict[int, float]] = {name: {} for name in contenders}
+        generator = torch.Generator().manual_seed(0)
+        for m in self.tokens:
+            x = torch.randn(m, weight.shape[1], generator=generator).to(weight)
+            some = max(PACKED_LAYERS, copies // m)  # m tokens share the reading of a weight
+            calls = {name: [partial(layer, x) for layer in all_[:some]] for name, all_ in layers.items()}
+            synchronize = torch.cuda.synchronize if x.is_cuda else None
+            with torch.inference_mode():
+                timings = interleaved(calls, seconds=SECONDS * len(calls), synchronize=synchronize)
+            for name, timing in timings.items():
+                ms[name][m] = timing.ms_p50
+        return ms
+
+
+def _plan(
     model: nn.Module, format: str, skip: Sequence[str], min_speedup: float, tokens: Sequence[int]
+) -> tuple[ConversionReport, Replacements, Replacements]:
+    """What convert reports, and its replacements: of MLPs by smaller ones; then, with those in place, the rest."""
+    clock = _Clock(tokens, sum(_dense_bytes(linear) for _, linear in linears_of(model, {})))
+    whole = mlp_modules(model, skip)
+    mlps = {
+        name: _mlp_decision(name, module, "fused_mlp", "already one op")
+        for name, module in model.named_modules()
+        if isinstance(module, SparseMLP)
+    }
+
+    candidates = []
+    for found in whole:
+        up, down, gate = found.mlp.up, found.mlp.down, found.mlp.gate
+        candidate = SparseMLP.from_linears(up, down, gate, activation=found.activation)
+        if candidate.up.out_features < dense_weight(up).shape[0]:
+            candidates.append((found, candidate))
+    smaller, decisions = _choose_mlps(candidates, min_speedup, clock)
+    mlps |= decisions
+
+    layers = _choose_kernels(model, smaller, format, skip, min_speedup, clock)
+    packed: Replacements = {}
+    for name, linear in linears_of(model, smaller):
+        if layers[name].kernel != "dense" and not isinstance(linear, SparseLinear):
+            try:
+                packed[linear] = SparseLinear.from_linear(linear, layers[name].kernel)
+            except ValueError as error:  # the layers timed fit the format that was asked for, this one does not
+                layers[name] = replace(layers[name], kernel="dense", reason=str(error))
+
+    candidates = []
+    for found in whole:
+        parts = [packed.get(linear) for linear in found.mlp.linears]
+        formats_held = {part.format for part in parts if isinstance(part, SparseLinear)}
+        if found.module not in smaller and formats_held and "compact" not in formats_held:
+            linears = [packed.get(linear) or part_linear(linear) for linear in found.mlp.linears]
+            candidates.append((found, SparseMLP(*linears, activation=found.activation)))  # type: ignore[arg-type]
+    fused, decisions = _choose_mlps(candidates, min_speedup, clock)
+    mlps |= decisions
+    return ConversionReport(model, list(layers.values()), list(mlps.values())), smaller, packed | fused
+
+
+def _choose_mlps(
+    candidates: Sequence[tuple[MLPModule, SparseMLP]], min_speedup: float, clock: _Clock
+) -> tuple[Replacements, dict[str, LayerDecision]]:
+    """Which MLP modules are replaced by their candidates, and why; those alike are timed together."""
+    chosen: Replacements = {}
+    decisions: dict[str, LayerDecision] = {}
+    groups: dict[tuple[object, ...], list[tuple[MLPModule, SparseMLP]]] = {}
+    for found, candidate in candidates:
+        parts = [part for part in (candidate.up, candidate.down, candidate.gate) if part is not None]
+        weights = [dense_weight(linear) for linear in found.mlp.linears]
+        held = sum((part.values if isinstance(part, SparseLinear) else part.weight).numel() for part in parts)
+        kinds = [part.format if isinstance(part, SparseLinear) else "dense" for part in parts]
+        shapes = [w.shape for w in weights]
+        share = round(20 * held / max(1, sum(w.numel() for w in weights)))
+        key = (*shapes, *kinds, weights[0].dtype, weights[0].device, found.activation, type(found.module), share)
+        groups.setdefault(key, []).append((found, candidate))
+    for group in groups.values():
+        some, first = group[:PACKED_LAYERS], group[0][0].mlp
+        contenders: dict[str, Sequence[nn.Module]] = {
+            "dense": [variant_of(found.module, found.mlp, map(plain_linear, found.mlp.linears)) for found, _ in some],
+            "fused_mlp": [candidate for _, candidate in some],
+        }
+        ms = clock.time(contenders, dense_weight(first.up), sum(map(_dense_bytes, first.linears)))
+        gains = _gains(ms, "fused_mlp")
+        kernel = "fused_mlp" if min(gains.values()) >= min_speedup else "unfused"
+        reason = _gains_text(gains) if kernel == "fused_mlp" else f"one op would be {_gains_text(gains)}"
+        for found, candidate in group:
+            neurons = dense_weight(found.mlp.up).shape[0]
+            dead = neurons - candidate.up.out_features
+            why = f"{dead} of {neurons} neurons {'removed' if kernel == 'fused_mlp' else 'are dead'}; {reason}"
+            decision = _mlp_decision(found.name, found.mlp, kernel, why if dead else reason)
+            decisions[found.name] = replace(decision, ms_dense=ms["dense"], ms_sparse=ms["fused_mlp"])
+            if kernel == "fused_mlp":
+                chosen[found.module] = candidate
+                candidate.train(found.module.training)
+    return chosen, decisions
+
+
+def _mlp_decision(name: str, mlp: MLP | SparseMLP, kernel: str, reason: str) -> LayerDecision:
+    weights = [dense_weight(linear) for linear in (mlp.up, mlp.down, mlp.gate) if linear is not None]
+    total = sum(w.numel() for w in weights)
+    zeros = total - sum(int(w.count_nonzero()) for w in weights)
+    H, K = weights[0].shape
+    return LayerDecision(name, (H, K), weights[0].dtype, zeros / max(1, total), "mlp", kernel, reason)
+
+
+def _choose_kernels(
+    model: nn.Module, smaller: Replacements, format: str, skip: Sequence[str], min_speedup: float, clock: _Clock
 ) -> dict[str, LayerDecision]:
+    """A decision for each linear of the model in which ``smaller`` MLPs have taken their places."""
     decisions: dict[str, LayerDecision] = {}
     groups: dict[tuple[object, ...], list[tuple[str, nn.Module]]] = {}
-    by_weight = _used_by_weight(model)
-    for name, linear in _linears(model):
+    readers = weight_readers(model)
+    in_mlp = {
+        part
+        for module in (*model.modules(), *smaller.values())
+        if isinstance(module, SparseMLP)
+        for part in module.children()
+    }
+    found = linears_of(model, smaller)
+    for name, linear in found:
         weight = dense_weight(linear).detach()
-        zeros = 1 - weight.count_nonzero().item() / max(1, weight.numel())
+        zeros = 1 - int(weight.count_nonzero()) / max(1, weight.numel())
         pattern = detect_pattern(weight)
         N, K = weight.shape
-        why_dense = None
-        if _skipped(name, skip):
-            why_dense = "skipped by name"
-        elif name in by_weight:
-            why_dense = f"{by_weight[name]} reads its weight without calling it"
-        elif weight.dtype not in formats.DTYPES:
-            why_dense = f"dtype {weight.dtype} has no kernel"
-        elif zeros < MIN_SPARSITY:
-            why_dense = "hardly any zeros" if zeros else "no zeros"
-        decisions[name] = LayerDecision(name, (N, K), weight.dtype, zeros, pattern, "dense", why_dense or "")
+        why_dense = obstacle(name, linear, readers, skip)
+        if why_dense is None and not isinstance(linear, SparseLinear):
+            if zeros == 0:
+                why_dense = "no zeros"
+            elif zeros < MIN_SPARSITY and min_speedup > 0:
+                why_dense = "hardly any zeros"
+            elif format == "compact" and linear in in_mlp:
+                why_dense = "part of a SparseMLP, which takes no compact layers"
+        kernel = linear.format if isinstance(linear, SparseLinear) else "dense"
+        decisions[name] = LayerDecision(name, (N, K), weight.dtype, zeros, pattern, kernel, why_dense or "")
         if why_dense is None:
-            key = (N, K, weight.dtype, weight.device, round(zeros, 2), pattern, isinstance(linear, SparseLinear))
+            kind = (kernel, linear in in_mlp, type(linear))
+            key = (N, K, weight.dtype, weight.device, round(20 * zeros), pattern, kind)
             groups.setdefault(key, []).append((name, linear))
     for group in groups.values():
-        kernel, reason, ms_dense, ms_sparse = _measure([linear for _, linear in group], format, min_speedup, tokens)
-        for name, linear in group:
-            d = decisions[name]
-            kept = linear.format if isinstance(linear, SparseLinear) else kernel
-            decisions[name] = LayerDecision(
-                name, d.shape, d.dtype, d.sparsity, d.pattern, kept, reason, ms_dense, ms_sparse.get(kept, {})
+        kernel, reason, ms_dense, ms_sparse = _choose_kernel(
+            [linear for _, linear in group], format, min_speedup, clock, group[0][1] in in_mlp
+        )
+        for name, _ in group:
+            decisions[name] = replace(
+                decisions[name], kernel=kernel, reason=reason, ms_dense=ms_dense, ms_sparse=ms_sparse
             )
+    made = {part for module in smaller.values() for part in module.children()}
+    for name, linear in found:
+        if linear in made:
+            decisions[name] = replace(decisions[name], reason=f"neurons removed; {decisions[name].reason}")
     return decisions
 
 
-def _measure(
-    linears: list[nn.Module], format: str, min_speedup: float, tokens: Sequence[int]
-) -> tuple[str, str, dict[int, float], dict[str, dict[int, float]]]:
-    """The kernel for linears of one shape and sparsity, why, and ms by tokens: dense, and of each kernel looked at."""
-    some = linears[:COPIES]
-    weights = [dense_weight(linear).detach().contiguous() for linear in some]
-    biases = [getattr(linear, "bias", None) for linear in some]
-    if isinstance(some[0], SparseLinear):
-        candidates = [some[0].format]
+def _choose_kernel(
+    linears: list[nn.Module], format: str, min_speedup: float, clock: _Clock, in_mlp: bool
+) -> tuple[str, str, dict[int, float], dict[int, float]]:
+    """The kernel for linears of one kind, why, and ms by tokens: dense, and of that kernel or the best that lost."""
+    weight = dense_weight(linears[0]).detach()
+    some = linears[: min(PACKED_LAYERS, clock.copies(weight.nbytes))]
+    held = linears[0].format if isinstance(linears[0], SparseLinear) else None
+    packed: dict[str, Sequence[nn.Module]] = {}
+    if held is not None:
+        packed[held] = some
     else:
-        candidates = _candidates(weights[0]) if format == "auto" else [format]
-    packed: dict[str, list[nn.Module]] = {}
-    for name in candidates:
-        try:
-            packed[name] = [SparseLinear(formats.pack(w, name), b) for w, b in zip(weights, biases, strict=True)]
-        except ValueError as error:
-            if format != "auto":
+        for name in _candidates(weight, in_mlp) if format == "auto" else [format]:
+            try:
+                packed[name] = [SparseLinear.from_linear(linear, name) for linear in some]
+            except ValueError as error:
                 return "dense", str(error), {}, {}
-    ms: dict[str, dict[int, float]] = {name: {} for name in ["dense", *packed]}
-    for m in tokens:
-        x = torch.randn(m, weights[0].shape[1], device=weights[0].device).to(weights[0].dtype)
-        contenders: dict[str, list[Callable[[], object]]] = {
-            "dense": [_call(nn.functional.linear, x, w, b) for w, b in zip(weights, biases, strict=True)]
-        }
-        contenders |= {name: [_call(module, x) for module in modules] for name, modules in packed.items()}
-        synchronize = torch.cuda.synchronize if x.is_cuda else None
-        with torch.inference_mode():
-            timings = interleaved(contenders, seconds=SECONDS * len(contenders), synchronize=synchronize)
-        for name, timing in timings.items():
-            ms[name][m] = timing.ms_p50
-    dense = ms.pop("dense")
-    gains = {name: [dense[m] / by_tokens[m] for m in tokens] for name, by_tokens in ms.items()}
-    best = max(gains, key=lambda name: math.prod(gains[name]))
-    text = ", ".join(f"{gain:.2f}x at {m}" for gain, m in zip(gains[best], tokens, strict=True)) + " tokens"
-    fits = [name for name in gains if min(gains[name]) >= min_speedup]
+    ms = clock.time({"dense": [plain_linear(linear) for linear in some], **packed}, weight, weight.nbytes)
+    gains = {name: _gains(ms, name) for name in packed}
+
+    def overall(name: str) -> float:
+        return math.prod(gains[name].values())
+
+    fits = [name for name in packed if min(gains[name].values()) >= min_speedup]
+    best = max(fits or packed, key=overall)
+    text = _gains_text(gains[best])
+    if held is not None:
+        return held, f"already packed; {text}", ms["dense"], ms[held]
     if not fits:
-        return "dense", f"{best} would be {text}", dense, ms
-    chosen = max(fits, key=lambda name: math.prod(gains[name]))
-    text = ", ".join(f"{gain:.2f}x at {m}" for gain, m in zip(gains[chosen], tokens, strict=True)) + " tokens"
-    return chosen, text, dense, ms
+        return "dense", f"{best} would be {text}", ms["dense"], ms[best]
+    return best, text, ms["dense"], ms[best]
 
 
-def _call(function: Callable[..., object], *arguments: object) -> Callable[[], object]:
-    return lambda: function(*arguments)
-
-
-def _candidates(weight: Tensor) -> list[str]:
+def _candidates(weight: Tensor, in_mlp: bool) -> list[str]:
     """Formats worth timing: what pack chooses, and its neighbour where the border is near."""
-    chosen = formats.pack(weight).format
+    chosen = formats.pack(weight + 0.0).format
     sparse = weight.count_nonzero().item() < 0.35 * weight.numel() and weight.shape[1] <= formats.SLICED_MAX_K
-    return list(dict.fromkeys([chosen, "bitmap", *(["sliced"] if sparse else [])]))
+    names = [chosen, "bitmap", *(["sliced"] if sparse else [])]
+    return [name for name in dict.fromkeys(names) if not (in_mlp and name == "compact")]
 
 
-def _linears(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    found = []
-    for name, module in model.named_modules():
-        try:
-            dense = module.packed.values if isinstance(module, SparseLinear) else dense_weight(module)
-        except TypeError:
-            continue
-        if not dense.is_meta:
-            found.append((name, module))
-    return found
+def _gains(ms: Mapping[str, dict[int, float]], name: str) -> dict[int, float]:
+    return {m: ms["dense"][m] / taken for m, taken in ms[name].items()}
 
 
-def _skipped(name: str, skip: Sequence[str]) -> bool:
-    parts = name.split(".")
-    return any(part in skip for part in parts) or any(".".join(parts[:i]) in skip for i in range(1, len(parts) + 1))
-
-
-def _used_by_weight(model: nn.Module) -> dict[str, str]:
-    """Linears whose owners pass ``linear.weight`` to a function: replacing the module would break or bypass them."""
-    found = {}
-    for name, module in model.named_modules():
-        owned = {nn.MultiheadAttention: ("out_proj",), nn.TransformerEncoderLayer: ("linear1", "linear2")}
-        for kind, children in owned.items():
-            if isinstance(module, kind):
-                found |= {f"{name}.{child}" if name else child: kind.__name__ for child in children}
-    return found
-
-
-def _remove_neurons(model: nn.Module, skip: Sequence[str]) -> dict[nn.Module, nn.Module]:
-    """MLP modules with hidden neurons that are all zero, and what replaces them: a smaller MLP."""
-    new: dict[nn.Module, nn.Module] = {}
-    for mlp, module, activation in _whole_mlps(model, skip):
-        smaller = SparseMLP.from_linears(mlp.up, mlp.down, mlp.gate, activation=activation)
-        if smaller.up.out_features < _width(mlp) and _computes_the_same(module, smaller, mlp):
-            new[module] = smaller.train(module.training)
-    return new
-
-
-def _fuse_mlps(
-    model: nn.Module, packed: Mapping[nn.Module, nn.Module], skip: Sequence[str]
-) -> dict[nn.Module, nn.Module]:
-    """MLP modules of which a linear is packed, and the one op that replaces them."""
-    new: dict[nn.Module, nn.Module] = {}
-    for mlp, module, activation in _whole_mlps(model, skip):
-        if any(part in packed for part in mlp.linears):
-            gate = None if mlp.gate is None else _part(mlp.gate, packed)
-            candidate = SparseMLP(_part(mlp.up, packed), _part(mlp.down, packed), gate, activation=activation)
-            if _computes_the_same(module, candidate, mlp):
-                new[module] = candidate.train(module.training)
-    return new
-
-
-def _whole_mlps(model: nn.Module, skip: Sequence[str]) -> list[tuple[MLP, nn.Module, str]]:
-    """MLPs that are a module of their own, with dense linears and an activation that the kernels have."""
-    found = []
-    for mlp in find_mlps(model):
-        module = model.get_submodule(mlp.name)
-        activation = None if isinstance(module, SparseMLP) or _skipped(mlp.name, skip) else _activation(module)
-        if activation is not None and not any(isinstance(part, SparseLinear) for part in mlp.linears):
-            found.append((mlp, module, activation))
-    return found
-
-
-def _width(mlp: MLP) -> int:
-    """Hidden neurons of an MLP."""
-    return dense_weight(mlp.up).shape[0]
-
-
-def _part(linear: nn.Module, packed: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """A linear of a SparseMLP: the packed one, or the dense one as nn.Linear."""
-    if linear in packed:
-        return packed[linear]
-    if isinstance(linear, nn.Linear):
-        return linear
-    weight = dense_weight(linear).detach()
-    dense = nn.Linear(weight.shape[1], weight.shape[0], device="meta", dtype=weight.dtype)
-    dense.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-    dense.bias = linear.bias  # type: ignore[assignment]
-    return dense
-
-
-def _activation(module: nn.Module) -> str | None:
-    """The activation that an MLP module holds, recognised by what it computes."""
-    probe = torch.linspace(-6, 6, 97)
-    for name in ("act_fn", "act", "activation_fn", "activation", "activation_function"):
-        function = getattr(module, name, None)
-        if not callable(function):
-            continue
-        try:
-            with torch.no_grad():
-                result = function(probe)
-        except Exception:  # whatever it is, it is no elementwise function of a tensor
-            return None
-        for known in ACTIVATIONS:
-            if known is not None and torch.allclose(result, apply_activation(probe, known), rtol=1e-5, atol=1e-6):
-                return known
-    return None
-
-
-def _computes_the_same(module: nn.Module, candidate: SparseMLP, mlp: MLP) -> bool:
-    """Whether the module, in eval mode, is the MLP and nothing else; shown on random tokens."""
-    weight = dense_weight(mlp.up)
-    x = torch.randn(1, 3, weight.shape[1], device=weight.device).to(weight.dtype)
-    training = module.training
-    try:
-        with torch.no_grad():
-            expected, got = module.eval()(x), candidate(x)
-    except (TypeError, AttributeError, ValueError, RuntimeError):  # needs other arguments: not an MLP alone
-        return False
-    finally:
-        module.train(training)
-    tolerance = 64 * torch.finfo(weight.dtype).eps * expected.abs().max().item() if isinstance(expected, Tensor) else 0
-    return isinstance(expected, Tensor) and expected.shape == got.shape and bool(
-        ((expected - got).abs() <= tolerance).all()
-    )
+def _gains_text(gains: Mapping[int, float]) -> str:
+    return ", ".join(f"{gain:.2f}x at {m}" for m, gain in gains.items()) + " tokens"

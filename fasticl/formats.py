@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -32,14 +33,20 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SLICED_MIN_SPARSITY = 0.8  # "auto" derives the sliced layout from here on (benchmarks/results)
 SLICED_MAX_K = 65535  # its windows start at 16-bit columns
 STEP_BYTES = 20  # lane mask (2), window (2), an index a lane (16)
+NM_MIN_DENSITY = 0.45  # "auto" takes an n:m pattern from here on: a sparser weight may fit one by chance
+COMPACT_MIN_FILL = 0.9  # "auto" takes compact if so many of the rest's elements are not zero
+# Elements are tested, copied and compared as integers: -0.0 is no zero then, and a NaN keeps its payload.
+_INTEGERS = {
+    torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float64: torch.int64,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class SlicedLayout:
     """One non-zero a row and step, for slices of 16 rows (csrc/sliced_linear_cpu.cpp).
 
-    steps: uint8 [steps, 20]; row_order: int32 [ceil(N / 16) * 16], -1 for none; slice_offsets: int64 [slices + 1, 2], first
-    step and first value; values: the stored values, step by step.
+    values: the stored values, step by step; steps: uint8 [steps, 20]; slice_offsets: int64 [slices + 1, 2], first step
+    and first value; row_order: int32 [ceil(N / 16) * 16], -1 for none.
     """
 
     values: Tensor
@@ -52,7 +59,8 @@ class SlicedLayout:
 class PackedWeight:
     """A pruned weight ``[N, K]``; made by :func:`pack`, read by the ops. Immutable; ``.to`` returns another one.
 
-    ``compact`` keeps ``values`` as the dense ``[len(rows), len(columns)]`` rest; the other formats keep the portable form.
+    ``compact`` keeps ``values`` as the dense ``[len(rows), len(columns)]`` rest, and no bitmask; the other formats keep
+    the portable form.
     """
 
     format: str
@@ -88,6 +96,8 @@ class PackedWeight:
         """What one product with one token reads of the weight, in bytes: the numerator of the roofline."""
         if self.sliced is not None:
             return sum(t.numel() * t.element_size() for t in vars(self.sliced).values())
+        if self.format == "nm":  # rows are equally long
+            return self.bytes - self.row_offsets.numel() * self.row_offsets.element_size()
         return self.bytes
 
     @property
@@ -110,27 +120,24 @@ class PackedWeight:
     def unpack(self) -> Tensor:
         """The dense ``[N, K]`` weight, bit for bit what was packed."""
         if self.format == "compact":
-            assert self.rows is not None and self.columns is not None
+            assert self.rows is not None
+            assert self.columns is not None
             dense = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
             dense[self.rows[:, None], self.columns] = self.values
             return dense
         keep = expand_bits(self.bitmask, self.shape[1])
         dense = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        bits = dense.view(_INTEGERS[self.dtype])  # as integers: a NaN keeps its payload
-        bits[keep] = self.values.reshape(-1).view(_INTEGERS[self.dtype])
+        dense.view(_INTEGERS[self.dtype])[keep] = self.values.view(_INTEGERS[self.dtype])
         return dense
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """The same weight on another device."""
 
-        def move(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.to(device)
+        def moved(fields: dict[str, Any]) -> dict[str, Any]:
+            return {name: t.to(device) if isinstance(t, Tensor) else t for name, t in fields.items()}
 
-        moved = {f.name: move(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name in _TENSOR_FIELDS}
-        sliced = None
-        if self.sliced is not None:
-            sliced = SlicedLayout(**{name: t.to(device) for name, t in vars(self.sliced).items()})
-        return dataclasses.replace(self, **moved, sliced=sliced)
+        sliced = None if self.sliced is None else SlicedLayout(**moved(vars(self.sliced)))
+        return PackedWeight(**moved({**vars(self), "sliced": sliced}))
 
     def validate(self) -> PackedWeight:
         """Checks everything that a kernel relies on; returns self.
@@ -139,119 +146,150 @@ class PackedWeight:
             ValueError: naming the tensor, what was expected and what was found.
         """
         N, K = self.shape
-        _expect(self.format in FORMATS[1:], "format", f"one of {FORMATS[1:]}", repr(self.format))
+        _expect(self.format in FORMATS[1:], "format", f"one of {', '.join(FORMATS[1:])}", repr(self.format))
         _expect(N >= 0 and K >= 0, "shape", "sizes >= 0", [N, K])
+        _expect(self.dtype in DTYPES, "values", f"dtype {_names(DTYPES)}", self.dtype)
         for tensor in self._tensors():
             _expect(tensor.is_contiguous(), "tensors", "contiguous", f"strides {tensor.stride()}")
             _expect(tensor.device == self.device, "tensors", f"all on {self.device}", tensor.device)
         if self.format == "compact":
-            for name, kept, size in (("rows", self.rows, N), ("columns", self.columns, K)):
-                _expect(kept is not None and kept.dtype == torch.int64, name, "int64 indices", kept)
-                assert kept is not None
-                inside = bool(((kept >= 0) & (kept < size)).all()) and bool((kept.diff() > 0).all())
-                _expect(inside, name, f"ascending in [0, {size})", f"{kept.numel()} others")
-            assert self.rows is not None and self.columns is not None
-            expected = [self.rows.numel(), self.columns.numel()]
-            _expect(list(self.values.shape) == expected, "values", f"shape {expected}", list(self.values.shape))
+            self._validate_compact()
             return self
-        _expect(self.bitmask.dtype == torch.uint8, "bitmask", "torch.uint8", self.bitmask.dtype)
-        mask_shape = [N, -(-K // 8)]
-        _expect(list(self.bitmask.shape) == mask_shape, "bitmask", f"shape {mask_shape}", list(self.bitmask.shape))
-        _expect(self.row_offsets.dtype == torch.int64, "row_offsets", "torch.int64", self.row_offsets.dtype)
-        _expect(list(self.row_offsets.shape) == [N + 1], "row_offsets", f"shape {[N + 1]}", list(self.row_offsets.shape))
-        _expect(self.values.dim() == 1, "values", "one dimension", list(self.values.shape))
-        if K % 8 and N:
-            tail = int((self.bitmask[:, -1] >> (K % 8)).max())
-            _expect(tail == 0, "bitmask", f"no bits at columns >= {K}", "some")
-        counts = count_bits(self.bitmask)
-        offsets = torch.zeros(N + 1, dtype=torch.int64, device=self.device)
-        torch.cumsum(counts, 0, out=offsets[1:])
-        if not torch.equal(offsets, self.row_offsets):
-            row = int((offsets != self.row_offsets).nonzero()[0])
-            _expect(False, f"row_offsets[{row}]", f"{int(offsets[row])} (bits before it)", int(self.row_offsets[row]))
-        _expect(self.values.numel() == int(offsets[-1]), "values", f"{int(offsets[-1])} of them (bits set)",
-                self.values.numel())  # fmt: skip
+        self._validate_portable()
         if self.format == "nm":
-            _expect(self.pattern in PATTERNS, "pattern", f"one of {PATTERNS}", repr(self.pattern))
-            assert self.pattern is not None
-            n, m = _nm(self.pattern)
-            groups = expand_bits(self.bitmask, K).view(N, K // m, m).sum(-1)
-            _expect(bool((groups == n).all()), "bitmask", f"{n} bits in every {m} columns", "other counts")
+            self._validate_groups()
         if self.format == "sliced":
-            _expect(self.sliced is not None, "sliced", "the derived layout", None)
-            assert self.sliced is not None
-            rebuilt = _slice(self.values, self.bitmask, self.row_offsets, K)
-            for name, tensor in vars(rebuilt).items():
-                same = torch.equal(_as_integers(tensor), _as_integers(getattr(self.sliced, name)))
-                _expect(same, f"sliced.{name}", "what the portable form gives", "another")
+            self._validate_sliced()
         return self
 
+    def _validate_compact(self) -> None:
+        sizes = []
+        for name, kept, size in (("rows", self.rows, self.shape[0]), ("columns", self.columns, self.shape[1])):
+            if kept is None or kept.dtype != torch.int64 or kept.dim() != 1:
+                _fail(name, "int64 indices", kept if kept is None else f"{kept.dtype} {list(kept.shape)}")
+            previous = torch.cat((kept.new_tensor([-1]), kept[:-1]))
+            wrong = ((kept <= previous) | (kept >= size)).nonzero()
+            if wrong.numel():
+                i = int(wrong[0])
+                _fail(f"{name}[{i}]", f"ascending, in ({int(previous[i])}, {size})", int(kept[i]))
+            sizes.append(kept.numel())
+        _expect_tensor("values", self.values, self.dtype, sizes)
 
-_TENSOR_FIELDS = ("values", "bitmask", "row_offsets", "rows", "columns")
-_INTEGERS = {
-    torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float64: torch.int64,
-}  # fmt: skip
+    def _validate_portable(self) -> None:
+        N, K = self.shape
+        _expect_tensor("bitmask", self.bitmask, torch.uint8, [N, -(-K // 8)])
+        _expect_tensor("row_offsets", self.row_offsets, torch.int64, [N + 1])
+        if K % 8 and N:
+            tail = (self.bitmask[:, -1] >> (K % 8)).nonzero()
+            if tail.numel():
+                _fail(f"bitmask[{int(tail[0])}]", f"no bits at columns >= {K}", "some")
+        offsets = torch.zeros_like(self.row_offsets)
+        torch.cumsum(count_bits(self.bitmask), 0, out=offsets[1:])
+        wrong = (offsets != self.row_offsets).nonzero()
+        if wrong.numel():
+            n = int(wrong[0])
+            _fail(f"row_offsets[{n}]", f"{int(offsets[n])} (bits before it)", int(self.row_offsets[n]))
+        _expect_tensor("values", self.values, self.dtype, [int(offsets[-1])])  # a value for each bit
+
+    def _validate_groups(self) -> None:
+        N, K = self.shape
+        if self.pattern not in PATTERNS:
+            _fail("pattern", f"one of {', '.join(PATTERNS)}", repr(self.pattern))
+        n, m = _nm(self.pattern)
+        _expect(K % m == 0, "shape", f"columns divisible by {m}", K)
+        counts = expand_bits(self.bitmask, K).view(N, K // m, m).sum(-1)
+        wrong = (counts != n).nonzero()
+        if wrong.numel():
+            row, group = wrong[0].tolist()
+            where = f"bitmask[{row}], columns {group * m} to {group * m + m - 1}"
+            _fail(where, f"{n} bits ({self.pattern})", int(counts[row, group]))
+
+    def _validate_sliced(self) -> None:
+        if self.sliced is None:
+            _fail("sliced", "the derived layout", None)
+        rebuilt = _slice(self.values, self.bitmask, self.row_offsets, self.shape[1])
+        for name, expected in vars(rebuilt).items():
+            found = getattr(self.sliced, name)
+            _expect_tensor(f"sliced.{name}", found, expected.dtype, list(expected.shape))
+            wrong = (_as_integers(found) != _as_integers(expected)).flatten().nonzero()
+            if wrong.numel():
+                _fail(f"sliced.{name}", "what the portable form gives", f"another value at flat index {int(wrong[0])}")
 
 
 def pack(weight: Tensor, format: str = "auto", *, pattern: str | None = None) -> PackedWeight:
     """Stores a pruned weight without its zeros.
 
     Args:
-        weight: ``[N, K]``, float32, bfloat16, float16 or float64. Elements whose bits are all zero are dropped; -0.0,
-            denormals, NaN and infinities are kept, and ``pack(w).unpack()`` is ``w`` bit for bit.
-        format: ``"bitmap"``, ``"sliced"``, ``"nm"``, ``"compact"`` (see the module), or ``"auto"``: ``compact`` if the
-            non-zeros fill the rows and columns that have any, ``nm`` if a pattern holds, ``sliced`` from 80 % zeros on,
-            else ``bitmap``.
-        pattern: ``"2:4"``, ``"4:8"`` or ``"8:16"`` for ``format="nm"``; None takes the first that holds.
+        weight: ``[N, K]``, float32, bfloat16, float16 or float64, any strides. Elements whose bits are all zero are
+            dropped; -0.0, denormals, NaN and infinities are kept, and ``pack(w).unpack()`` is ``w`` bit for bit. Masks
+            are therefore applied by ``w.masked_fill(~mask, 0)``: ``w * mask`` leaves -0.0 where w was negative.
+        format: ``"bitmap"``, ``"sliced"``, ``"nm"``, ``"compact"`` (see the module), or ``"auto"``: ``compact`` if
+            whole rows or columns are zero and 90 % of the rest is not, ``nm`` if a pattern holds and 45 % are not zero,
+            ``sliced`` from 80 % zeros on, else ``bitmap``.
+        pattern: ``"2:4"``, ``"4:8"`` or ``"8:16"``, for ``format="nm"`` only; None takes the first that holds.
 
     Raises:
-        TypeError: ``weight`` is no floating-point tensor of those dtypes.
+        TypeError: ``weight`` is no dense tensor of those dtypes.
         ValueError: it is no matrix, the format is unknown, or the weight does not have the pattern.
     """
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: expected a torch.Tensor, got {type(weight).__name__}")
+    if weight.layout != torch.strided:
+        raise TypeError(f"weight: expected a dense (torch.strided) tensor, got {weight.layout}")
     if weight.dtype not in DTYPES:
-        raise TypeError(f"weight: expected dtype float32, bfloat16, float16 or float64, got {weight.dtype}")
+        raise TypeError(f"weight: expected dtype {_names(DTYPES)}, got {weight.dtype}")
     if weight.dim() != 2:
         raise ValueError(f"weight: expected shape [N, K], got {list(weight.shape)}")
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
-    if pattern is not None and (format not in ("nm", "auto") or pattern not in PATTERNS):
-        raise ValueError(f"pattern: expected one of {', '.join(PATTERNS)} with format 'nm', got {pattern!r} with {format!r}")
+    if pattern is not None and (format != "nm" or pattern not in PATTERNS):
+        expected = f"one of {', '.join(PATTERNS)} with format 'nm'"
+        raise ValueError(f"pattern: expected {expected}, got {pattern!r} with {format!r}")
     weight = weight.detach().contiguous()
     keep = weight.view(_INTEGERS[weight.dtype]) != 0
 
     if format == "auto":
-        format, pattern = _choose(keep, pattern)
+        format = _choose(keep)
     if format == "compact":
         return _pack_compact(weight, keep)
     if format == "nm":
         pattern = pattern or _find_pattern(keep)
         if pattern is None:
-            raise ValueError(f"weight: expected at most n of every m columns for one of {', '.join(PATTERNS)}, got more")
+            raise ValueError(f"weight: expected one of the patterns {', '.join(PATTERNS)}, got none of them")
         keep = _complete_groups(keep, pattern)
+    N, K = weight.shape
     values = weight.masked_select(keep)
     bitmask = _pack_bits(keep)
-    row_offsets = torch.zeros(weight.shape[0] + 1, dtype=torch.int64, device=weight.device)
+    row_offsets = torch.zeros(N + 1, dtype=torch.int64, device=weight.device)
     torch.cumsum(keep.sum(1), 0, out=row_offsets[1:])
-    N, K = weight.shape
-    sliced = None
-    if format == "sliced":
-        sliced = _slice(values, bitmask, row_offsets, K)
+    sliced = _slice(values, bitmask, row_offsets, K) if format == "sliced" else None
     return PackedWeight(format, (N, K), values, bitmask, row_offsets, pattern=pattern, sliced=sliced)
 
 
 def from_portable(
-    format: str, shape: tuple[int, int], values: Tensor, bitmask: Tensor, row_offsets: Tensor, pattern: str | None = None
+    format: str,
+    shape: tuple[int, int],
+    values: Tensor,
+    bitmask: Tensor,
+    row_offsets: Tensor,
+    pattern: str | None = None,
 ) -> PackedWeight:
-    """A packed weight of tensors that were stored in the portable form; derives what its format needs, and validates."""
-    packed = PackedWeight("bitmap", shape, values, bitmask, row_offsets).validate()
-    if format == "sliced":
-        packed = dataclasses.replace(packed, format=format, sliced=_slice(values, bitmask, row_offsets, shape[1]))
-    elif format == "nm":
-        packed = dataclasses.replace(packed, format=format, pattern=pattern).validate()
-    elif format != "bitmap":
+    """The packed weight of tensors stored in the portable form: validates them and derives what the format needs.
+
+    Raises:
+        ValueError: the format is not bitmap, sliced or nm, a pattern is given for another format than nm, or the
+            tensors are not a portable form of that shape.
+    """
+    if format not in ("bitmap", "sliced", "nm"):
         raise ValueError(f"format: expected 'bitmap', 'sliced' or 'nm', got {format!r}")
+    if pattern is not None and format != "nm":
+        raise ValueError(f"pattern: expected None with format {format!r}, got {pattern!r}")
+    N, K = shape
+    packed = PackedWeight("bitmap", (N, K), values, bitmask, row_offsets).validate()  # before any of it is used
+    if format == "nm":
+        return dataclasses.replace(packed, format=format, pattern=pattern).validate()
+    if format == "sliced":
+        return dataclasses.replace(packed, format=format, sliced=_slice(values, bitmask, row_offsets, K))
     return packed
 
 
@@ -259,7 +297,7 @@ def expand_bits(bitmask: Tensor, K: int) -> Tensor:
     """``bitmask`` uint8 [N, ceil(K / 8)] as bool [N, K]."""
     shifts = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
     bits = (bitmask[:, :, None] >> shifts) & 1
-    return bits.reshape(bitmask.shape[0], -1)[:, :K].bool()
+    return bits.flatten(1)[:, :K].bool()
 
 
 def count_bits(bitmask: Tensor) -> Tensor:
@@ -281,9 +319,10 @@ def _nm(pattern: str) -> tuple[int, int]:
 
 
 def _find_pattern(keep: Tensor) -> str | None:
+    N, K = keep.shape
     for pattern in PATTERNS:
         n, m = _nm(pattern)
-        if keep.shape[1] % m == 0 and bool((keep.view(keep.shape[0], -1, m).sum(-1, dtype=torch.uint8) <= n).all()):
+        if K % m == 0 and bool((keep.view(N, K // m, m).sum(-1, dtype=torch.uint8) <= n).all()):
             return pattern
     return None
 
@@ -307,20 +346,17 @@ def _complete_groups(keep: Tensor, pattern: str) -> Tensor:
     return groups.view(N, K)
 
 
-def _choose(keep: Tensor, pattern: str | None) -> tuple[str, str | None]:
+def _choose(keep: Tensor) -> str:
     N, K = keep.shape
-    stored = int(keep.sum())
-    total = max(1, N * K)
-    filled = int(keep.any(1).sum()) * int(keep.any(0).sum())
-    if filled < total and stored >= 0.9 * filled:
-        return "compact", None
-    if stored < total:
-        found = pattern or _find_pattern(keep)
-        if found is not None and stored >= 0.45 * total:  # sparser weights only happen to fit
-            return "nm", found
+    stored, total = int(keep.sum()), N * K
+    rest = int(keep.any(1).sum()) * int(keep.any(0).sum())
+    if (rest < total or total == 0) and stored >= COMPACT_MIN_FILL * rest:
+        return "compact"
+    if NM_MIN_DENSITY * total <= stored < total and _find_pattern(keep) is not None:
+        return "nm"
     if stored <= (1 - SLICED_MIN_SPARSITY) * total and K <= SLICED_MAX_K:
-        return "sliced", None
-    return "bitmap", None
+        return "sliced"
+    return "bitmap"
 
 
 def _pack_compact(weight: Tensor, keep: Tensor) -> PackedWeight:
@@ -354,6 +390,20 @@ def _as_integers(t: Tensor) -> Tensor:
     return t.view(_INTEGERS[t.dtype]) if t.dtype.is_floating_point else t
 
 
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    *most, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return f"{', '.join(most)} or {last}"
+
+
+def _fail(what: str, expected: object, got: object) -> NoReturn:
+    raise ValueError(f"PackedWeight: {what}: expected {expected}, got {got}")
+
+
 def _expect(condition: bool, what: str, expected: object, got: object) -> None:
     if not condition:
-        raise ValueError(f"PackedWeight: {what}: expected {expected}, got {got}")
+        _fail(what, expected, got)
+
+
+def _expect_tensor(what: str, tensor: Tensor, dtype: torch.dtype, shape: list[int]) -> None:
+    found = f"{tensor.dtype} {list(tensor.shape)}"
+    _expect(tensor.dtype == dtype and list(tensor.shape) == shape, what, f"{dtype} {shape}", found)

@@ -2,41 +2,90 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from fasticl import formats, ops
 from fasticl.formats import PackedWeight, SlicedLayout
 from fasticl.icl.model import FusedICLTransformer, ICLTransformer
+from fasticl.ops._registry import needs_grad
 
-__all__ = ["FusedICLTransformer", "ICLTransformer", "SparseLinear", "SparseMLP", "dense_weight"]
+__all__ = ["FusedICLTransformer", "ICLTransformer", "SparseLinear", "SparseMLP"]
 
-_DERIVED = ("sliced_values", "steps", "slice_offsets", "row_order")  # buffers of the sliced layout; not in state_dict
+_STORED = ("values", "bitmask", "row_offsets", "rows", "columns")  # in state_dict, where the format has them
+_DERIVED = ("sliced_values", "steps", "slice_offsets", "row_order")  # the sliced layout; rebuilt on loading
+_OPERANDS = {  # what an op takes of each format, in its order
+    "bitmap": ("values", "bitmask", "row_offsets"),
+    "nm": ("values", "bitmask"),
+    "sliced": ("values", "bitmask", "row_offsets", *_DERIVED),
+    "compact": ("values",),
+}
+_CHECKED = {"bitmap": ops.bitmap_linear, "nm": ops.nm_linear, "sliced": ops.sliced_linear}
+_OPS = {
+    "bitmap": torch.ops.fasticl.bitmap_linear, "nm": torch.ops.fasticl.nm_linear,
+    "sliced": torch.ops.fasticl.sliced_linear,
+}  # fmt: skip
+
+
+def is_linear(module: object) -> TypeGuard[nn.Module]:
+    """Whether it is an nn.Linear, GPT-2's Conv1D (transformers is not imported) or a SparseLinear."""
+    conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    return conv1d or isinstance(module, nn.Linear | SparseLinear)
 
 
 def dense_weight(linear: nn.Module) -> Tensor:
     """The ``[N, K]`` weight of an nn.Linear, of GPT-2's Conv1D (which stores ``[K, N]``) or of a SparseLinear.
+
+    A mask of ``torch.nn.utils.prune`` is applied.
 
     Raises:
         TypeError: ``linear`` is none of them.
     """
     if isinstance(linear, SparseLinear):
         return linear.packed.unpack()
-    if isinstance(linear, nn.Linear):
-        return linear.weight
-    if type(linear).__name__ == "Conv1D" and hasattr(linear, "nf"):
-        return linear.weight.T  # type: ignore[union-attr,operator]
+    if is_linear(linear):
+        weight: Tensor = _masked(linear, "weight")
+        return weight if isinstance(linear, nn.Linear) else weight.T
     raise TypeError(f"linear: expected nn.Linear, Conv1D or SparseLinear, got {type(linear).__name__}")
+
+
+def dense_bias(linear: nn.Module) -> Tensor | None:
+    """The ``[N]`` bias of such a layer, or None; a mask is applied."""
+    return _masked(linear, "bias")
+
+
+def _masked(linear: nn.Module, name: str) -> Any:
+    # The attribute itself holds the masked tensor of the last forward: old, if parameters were loaded since.
+    for hook in linear._forward_pre_hooks.values():
+        if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == name:
+            return hook.apply_mask(linear)
+    return getattr(linear, name)
+
+
+def frozen_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """An ``nn.Linear`` of these tensors, not copied, that need no gradient."""
+    linear = nn.Linear(1, 1, bias is not None, device="meta")  # of size 1: torch warns of sizes of 0, which may come
+    linear.out_features, linear.in_features = weight.shape
+    linear.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return linear
 
 
 class SparseLinear(nn.Module):
     """``y = x W^T + b`` with W packed; replaces an ``nn.Linear`` for inference.
 
-    state_dict holds the portable form (``values``, ``bitmask``, ``row_offsets``, or for compact weights ``rows`` and
-    ``columns``) and ``bias``; layouts derived from it are rebuilt when a state is loaded. The weight gets no gradient;
-    x and bias do, through the reference.
+    Shapes: x ``[..., K]`` of the weight's dtype, y ``[..., N]``. Under autocast x is cast to the weight's dtype, and y
+    to autocast's, which is what nn.Linear returns there.
+
+    state_dict holds the portable form (``values``, ``bitmask``, ``row_offsets``, and for compact weights ``rows`` and
+    ``columns``) and ``bias``. A state with another number of values loads too, after it was validated; layouts derived
+    from it are rebuilt. The weight gets no gradient; x and a bias that requires one do, through the reference, which
+    is slow: run inference under ``torch.inference_mode()``.
     """
 
     values: Tensor
@@ -44,27 +93,43 @@ class SparseLinear(nn.Module):
     row_offsets: Tensor
     rows: Tensor | None
     columns: Tensor | None
+    bias: nn.Parameter | None
 
     def __init__(self, packed: PackedWeight, bias: Tensor | None = None) -> None:
         super().__init__()
+        if not isinstance(packed, PackedWeight):
+            raise TypeError(f"packed: expected a PackedWeight (fasticl.pack), got {type(packed).__name__}")
         N, K = packed.shape
         if bias is not None and list(bias.shape) != [N]:
             raise ValueError(f"bias: expected shape [{N}], got {list(bias.shape)}")
         if bias is not None and bias.dtype != packed.dtype:
             raise TypeError(f"bias: expected dtype {packed.dtype} like the weight, got {bias.dtype}")
+        if bias is not None and bias.device != packed.device:
+            raise ValueError(f"bias: expected on {packed.device} like the weight, got {bias.device}")
         self.out_features, self.in_features = N, K
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        held = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.register_parameter("bias", held)
         self._hold(packed)
 
     @classmethod
     def from_linear(cls, linear: nn.Module, format: str = "auto") -> SparseLinear:
-        """Packs the weight of an ``nn.Linear`` or a GPT-2 ``Conv1D``; see :func:`fasticl.pack` for ``format``."""
-        bias = getattr(linear, "bias", None)
-        return cls(formats.pack(dense_weight(linear), format), bias).train(linear.training)
+        """Packs the weight of an ``nn.Linear``, a GPT-2 ``Conv1D`` or another SparseLinear.
+
+        ``format`` is that of :func:`fasticl.pack`, except that elements equal to -0.0, which a mask that was multiplied
+        on leaves behind, are dropped like other zeros.
+
+        Raises:
+            TypeError: ``linear`` is none of these layers, or its dtype cannot be packed.
+            ValueError: the format is unknown, or the weight does not fit it.
+        """
+        weight, bias = dense_weight(linear).detach(), dense_bias(linear)
+        if not weight.is_floating_point():  # of quantized layers; adding 0.0 would make it float
+            raise TypeError(f"linear.weight: expected a floating-point dtype, got {weight.dtype}")
+        return cls(formats.pack(weight + 0.0, format), bias).train(linear.training)  # -0.0 + 0.0 is 0.0
 
     def _hold(self, packed: PackedWeight) -> None:
         self.format, self.pattern = packed.format, packed.pattern
-        for name in ("values", "bitmask", "row_offsets", "rows", "columns"):
+        for name in _STORED:
             self.register_buffer(name, getattr(packed, name))
         layout = (None,) * len(_DERIVED) if packed.sliced is None else tuple(vars(packed.sliced).values())
         for name, tensor in zip(_DERIVED, layout, strict=True):
@@ -72,6 +137,7 @@ class SparseLinear(nn.Module):
 
     @property
     def packed(self) -> PackedWeight:
+        """The weight; shares the module's tensors."""
         sliced = None
         if self.format == "sliced":
             sliced = SlicedLayout(*(getattr(self, name) for name in _DERIVED))
@@ -82,120 +148,194 @@ class SparseLinear(nn.Module):
 
     def to_dense(self) -> nn.Linear:
         """An ``nn.Linear`` with the same weight, zeros included, and bias."""
-        linear = nn.Linear(
-            self.in_features, self.out_features, self.bias is not None, device=self.values.device, dtype=self.values.dtype
-        )
-        with torch.no_grad():
-            linear.weight.copy_(self.packed.unpack())
-            if self.bias is not None:
-                linear.bias.copy_(self.bias)
-        return linear.train(self.training)
+        bias = None if self.bias is None else self.bias.detach().clone()
+        return frozen_linear(self.packed.unpack(), bias).requires_grad_().train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.format == "sliced":
-            return ops.sliced_linear(x, self.packed, self.bias)
-        if self.format == "nm":
-            return ops.nm_linear(x, self.packed, self.bias)
-        if self.format == "bitmap":
-            return ops.bitmap_linear(x, self.packed, self.bias)
-        return self._compact_linear(x)
+        # One call takes microseconds on a small layer: what fits goes straight to the op, the rest through its checks.
+        operands, bias = _operands(self), self._parameters["bias"]
+        if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+            return _without_autocast(self.forward, x, operands[0].dtype)
+        if self.format == "compact":
+            return self._compact_linear(x)
+        if _fits(x, self.in_features, operands[0], bias) and not needs_grad(x, bias):
+            return _OPS[self.format](x, *operands, bias, None)
+        return _CHECKED[self.format](x, self.packed, bias)
 
     def _compact_linear(self, x: Tensor) -> Tensor:
-        assert self.rows is not None and self.columns is not None
-        if x.shape[-1] != self.in_features:
+        rows, columns, bias = self.rows, self.columns, self.bias
+        assert rows is not None
+        assert columns is not None
+        if not isinstance(x, Tensor) or x.dtype != self.values.dtype:
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"x: expected a tensor of dtype {self.values.dtype}, got {got}")
+        if x.shape[-1:] != (self.in_features,):
             raise ValueError(f"x: expected shape [..., {self.in_features}], got {list(x.shape)}")
-        kept = x if self.columns.numel() == self.in_features else x[..., self.columns]
-        y = nn.functional.linear(kept, self.values)
-        if self.rows.numel() < self.out_features:
-            y = y.new_zeros((*y.shape[:-1], self.out_features)).index_copy_(-1, self.rows, y)
-        return y if self.bias is None else y + self.bias
+        kept = x if columns.numel() == self.in_features else x.index_select(-1, columns)
+        if rows.numel() == self.out_features:
+            return nn.functional.linear(kept, self.values, bias)
+        y = nn.functional.linear(kept, self.values, None if bias is None else bias[rows])
+        rest = x.new_zeros(self.out_features) if bias is None else bias
+        return rest.expand(*x.shape[:-1], self.out_features).index_copy(-1, rows, y)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Another weight has other counts of values: take its tensors as they are, then derive what is not stored.
-        if prefix + "values" not in state_dict:
-            return super()._load_from_state_dict(state_dict, prefix, *args)
-        names = ("values", "bitmask", "row_offsets", "rows", "columns")
-        for name in names:
-            held, new = getattr(self, name), state_dict.get(prefix + name)
-            if held is not None and new is not None:
-                setattr(self, name, torch.empty_like(new, device=held.device, dtype=held.dtype))
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if self.format == "compact":
-            self.packed.validate()
-        else:
-            shape = (self.out_features, self.in_features)
-            self._hold(
-                formats.from_portable(self.format, shape, self.values, self.bitmask, self.row_offsets, self.pattern)
-            )
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        held = self.packed
+        for name in _STORED:
+            old, new = self._buffers[name], state_dict.get(prefix + name)
+            if old is not None and isinstance(new, Tensor):  # another weight has other counts: take the new sizes
+                dtype = old.dtype if old.is_floating_point() else new.dtype  # an index of another dtype is refused
+                setattr(self, name, torch.empty_like(new, device=old.device, dtype=dtype))
+            elif old is not None:
+                setattr(self, name, old.clone())  # assignment below must not reach what is held
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        try:
+            loaded = self.packed
+            if self.format == "compact":
+                loaded.validate()
+            else:
+                loaded = formats.from_portable(
+                    self.format, loaded.shape, loaded.values, loaded.bitmask, loaded.row_offsets, self.pattern
+                )
+        except ValueError as error:  # a kernel must never see it
+            error_msgs.append(f"{prefix.removesuffix('.') or 'SparseLinear'}: {error}")
+            loaded = held
+        self._hold(loaded)
 
     def extra_repr(self) -> str:
-        density = self.packed.density
         pattern = f", pattern={self.pattern}" if self.pattern else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"format={self.format}{pattern}, density={density:.3f}"
+            f"format={self.format}{pattern}, density={self.packed.density:.3f}"
         )
 
 
 class SparseMLP(nn.Module):
     """``down(act(up x))``, or with a gate ``down(act(gate x) * up x)``, in one op; weights dense or packed.
 
-    ``up``, ``down`` and ``gate`` are ``nn.Linear`` or :class:`SparseLinear` (format bitmap, nm or sliced).
+    Shapes: x ``[..., K]``, up and gate ``[H, K]``, down ``[N, H]``, y ``[..., N]``. Autocast and gradients as in
+    :class:`SparseLinear`.
+
+    Args:
+        up, down, gate: ``nn.Linear`` or :class:`SparseLinear` (format bitmap, nm or sliced), used as they are.
+        activation: None, ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``.
+
+    Raises:
+        TypeError: a layer is neither.
+        ValueError: their sizes do not fit together, one is compact, or the activation is unknown.
     """
 
+    up: Any  # nn.Linear or SparseLinear
+    down: Any
+    gate: Any  # or None
+
     def __init__(
-        self, up: nn.Module, down: nn.Module, gate: nn.Module | None = None, *, activation: str | None
-    ) -> None:
+        self, up: nn.Linear | SparseLinear, down: nn.Linear | SparseLinear,
+        gate: nn.Linear | SparseLinear | None = None, *, activation: str | None,
+    ) -> None:  # fmt: skip
         super().__init__()
         ops.check_activation(activation)
-        self.up, self.down, self.gate, self.activation = up, down, gate, activation
         for name, linear in (("up", up), ("down", down), ("gate", gate)):
             if linear is not None and not isinstance(linear, nn.Linear | SparseLinear):
                 raise TypeError(f"{name}: expected nn.Linear or SparseLinear, got {type(linear).__name__}")
+            if isinstance(linear, SparseLinear) and linear.format == "compact":
+                raise ValueError(f"{name}: expected format bitmap, nm or sliced, got compact; see from_linears")
+        if down.in_features != up.out_features:
+            raise ValueError(f"down: expected {up.out_features} in_features like up's outputs, got {down.in_features}")
+        if gate is not None and (gate.out_features, gate.in_features) != (up.out_features, up.in_features):
+            raise ValueError(
+                f"gate: expected shape {[up.out_features, up.in_features]} like up, "
+                f"got {[gate.out_features, gate.in_features]}"
+            )
+        self.up, self.down, self.activation = up, down, activation
+        self.register_module("gate", gate)
 
     @classmethod
     def from_linears(
         cls, up: nn.Module, down: nn.Module, gate: nn.Module | None = None, *, activation: str | None,
         format: str = "compact",
     ) -> SparseMLP:  # fmt: skip
-        """Packs the linears of an MLP. ``"compact"`` removes the hidden neurons whose weights are all zero.
+        """Packs the linears (``nn.Linear``, Conv1D) of an MLP; ``"compact"`` removes dead hidden neurons instead.
 
-        A neuron is removed where its row of up is zero with a bias that makes its activation zero, or its row of gate is,
-        or its column of down is zero: then it adds nothing to the output. Other formats are those of :func:`fasticl.pack`.
+        A neuron is dead, and removed, where its row of up is zero and so is its bias, or its row of gate is, or its
+        column of down is zero: then it adds nothing to the output (every activation maps 0 to 0). The layers left are
+        dense and smaller. Other formats are those of :func:`fasticl.pack`.
         """
-        parts = [part for part in (up, down, gate) if part is not None]
         if format != "compact":
-            packed = [SparseLinear.from_linear(part, format) for part in parts]
-            return cls(*packed, activation=activation)
+            parts = [None if part is None else SparseLinear.from_linear(part, format) for part in (up, down, gate)]
+            return cls(*parts, activation=activation)  # type: ignore[arg-type]
         alive = dense_weight(down).ne(0).any(0)
         for part in (up, gate):
             if part is not None:
-                bias = getattr(part, "bias", None)
-                live = dense_weight(part).ne(0).any(1)
+                live, bias = dense_weight(part).ne(0).any(1), dense_bias(part)
                 alive = alive & (live if bias is None else live | bias.ne(0))
         kept = alive.nonzero().squeeze(1)
 
-        def smaller(part: nn.Module, dim: int) -> nn.Linear:
-            weight, bias = dense_weight(part).detach().index_select(dim, kept), getattr(part, "bias", None)
-            linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta", dtype=weight.dtype)
-            linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-            if bias is not None:
-                linear.bias = nn.Parameter((bias[kept] if dim == 0 else bias).detach().clone(), requires_grad=False)
-            return linear
+        def rows(part: nn.Module) -> nn.Linear:
+            bias = dense_bias(part)
+            return frozen_linear(dense_weight(part).index_select(0, kept), None if bias is None else bias[kept])
 
-        return cls(
-            smaller(up, 0), smaller(down, 1), None if gate is None else smaller(gate, 0), activation=activation
-        )
+        bias = dense_bias(down)
+        columns = frozen_linear(dense_weight(down).index_select(1, kept), None if bias is None else bias.clone())
+        return cls(rows(up), columns, None if gate is None else rows(gate), activation=activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        def weight(linear: Any) -> Tensor | PackedWeight:
-            return linear.packed if isinstance(linear, SparseLinear) else linear.weight
-
+        up, down, gate = self.up, self.down, self.gate
+        parts = (up, down) if gate is None else (up, down, gate)
+        operands, biases = [_operands(part) for part in parts], [part.bias for part in parts]
+        if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+            return _without_autocast(self.forward, x, operands[0][0].dtype)
+        fits = down.in_features == up.out_features and (
+            gate is None or (gate.out_features, gate.in_features) == (up.out_features, up.in_features)
+        )
+        for weight, bias in zip(operands, biases, strict=True):
+            fits = fits and _fits(x, up.in_features, weight[0], bias) and not needs_grad(x, weight[0], bias)
+        up_bias, down_bias, gate_bias = biases if gate is not None else (*biases, None)
+        if fits:
+            gate_operands = None if gate is None else operands[2]
+            return torch.ops.fasticl.fused_mlp(
+                x, operands[0], operands[1], gate_operands, up_bias, down_bias, gate_bias, self.activation
+            )
+        weights = [part.packed if isinstance(part, SparseLinear) else part.weight for part in parts]
         return ops.fused_mlp(
-            x, weight(self.up), weight(self.down), None if self.gate is None else weight(self.gate),
-            activation=self.activation, up_bias=self.up.bias, down_bias=self.down.bias,
-            gate_bias=None if self.gate is None else self.gate.bias,
-        )  # fmt: skip
+            x, *weights, activation=self.activation, up_bias=up_bias, down_bias=down_bias, gate_bias=gate_bias
+        )
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"
+
+
+def _operands(linear: Any) -> list[Any]:
+    """The tensors of a weight, values first, as the ops take them."""
+    if isinstance(linear, SparseLinear):
+        buffers = linear._buffers  # nn.Module's attribute lookup would take half a microsecond each
+        return [buffers[name] for name in _OPERANDS[linear.format]]
+    return [linear.weight]
+
+
+def _fits(x: Any, K: int, values: Tensor, bias: Tensor | None) -> bool:
+    """Whether ``x`` has K features, and weight and bias its dtype and device."""
+    if not isinstance(x, Tensor) or x.shape[-1:] != (K,):
+        return False
+    dtype, device = x.dtype, x.device
+    return (
+        values.dtype == dtype
+        and values.device == device
+        and (bias is None or (bias.dtype == dtype and bias.device == device))
+    )
+
+
+def _without_autocast(call: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``call`` in the weight's own dtype: casting what is packed at every call would cost more than it saves.
+
+    Returns autocast's dtype, as torch's layers do; float64 stays what it is, as it does there.
+    """
+    device = x.device.type
+    cast = x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+    with torch.autocast(device, enabled=False):
+        y = call(cast)
+    return y if y.dtype == torch.float64 else y.to(torch.get_autocast_dtype(device))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 
@@ -15,6 +15,7 @@ except ImportError:  # Windows: preempted samples cannot be told from the others
     resource = None  # type: ignore[assignment]
 
 Contender = Callable[[], object]
+CALIBRATION_SAMPLES = 3
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ def _sample(calls: Sequence[Contender], synchronize: Contender | None) -> float:
     if synchronize is not None:
         synchronize()
     return time.perf_counter() - start
+
+
+def _quickest(next_call: Iterator[Contender], count: int, synchronize: Contender | None) -> float:
+    """Seconds for ``count`` calls: the least of some samples, since a single one may be a hundred times too long."""
+    return min(_sample([next(next_call) for _ in range(count)], synchronize) for _ in range(CALIBRATION_SAMPLES))
 
 
 def interleaved(
@@ -87,7 +93,7 @@ def interleaved(
     for name, calls in turns.items():
         _sample(calls, synchronize)  # first calls allocate, pack and compile
         count = 1
-        while (took := _sample([next(next_call[name]) for _ in range(count)], synchronize)) * 1e3 < sample_ms:
+        while (took := _quickest(next_call[name], count, synchronize)) * 1e3 < sample_ms:
             count = max(count + 1, min(count * 8, int(count * 1.2 * sample_ms / (took * 1e3 + 1e-9))))
         repeats[name] = count
 

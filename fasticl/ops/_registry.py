@@ -1,7 +1,7 @@
 """Registration of the ops with PyTorch's dispatcher, and what every op's checks share.
 
-``torch.library.Library`` is used instead of ``@custom_op``: a call costs about 2 us instead of 10 to 15. The reference is
-registered for every device (CompositeExplicitAutograd), C++ kernels for CPU, GPU kernels for CUDA. The ops are for
+``torch.library.Library`` is used instead of ``@custom_op``: a call costs about 2 us instead of 10 to 15. The reference
+is registered for every device (CompositeExplicitAutograd), C++ kernels for CPU, GPU kernels for CUDA. The ops are for
 inference: a call that needs gradients goes through the reference, which autograd differentiates.
 """
 
@@ -28,6 +28,7 @@ def define(
     reference: Callable[..., Tensor],
     fake: Callable[..., Tensor],
     cpu: Callable[..., Tensor] | None = None,
+    cpu_name: str = "C++",
     cuda: Callable[..., Tensor] | None = None,
 ) -> None:
     """Defines ``fasticl::<schema>`` with its implementations; all take the arguments of the schema, in its order."""
@@ -40,7 +41,7 @@ def define(
     if cuda is not None:
         LIBRARY.impl(name, cuda, "CUDA")
     _implementations[name] = {
-        "cpu": "C++" if cpu is not None else "reference (PyTorch)",
+        "cpu": cpu_name if cpu is not None else "reference (PyTorch)",
         "cuda": "Triton" if cuda is not None else "reference (PyTorch)",
     }
 
@@ -48,7 +49,7 @@ def define(
 def implementations() -> dict[str, dict[str, str]]:
     """Which implementation each op runs, by device: ``{"bitmap_linear": {"cpu": "C++ (avx512)", "cuda": ...}}``."""
     return {
-        op: {device: f"C++ ({_C.target()})" if text == "C++" else text for device, text in by_device.items()}
+        op: {device: f"{text} ({_C.target()})" if "C++" in text else text for device, text in by_device.items()}
         for op, by_device in _implementations.items()
     }
 
@@ -75,9 +76,11 @@ def check_activation(activation: str | None) -> None:
 
 
 def check_dtype(name: str, x: Tensor, expected: torch.dtype | None = None) -> None:
-    """``x`` is a tensor of a dtype that the kernels take, or of exactly the expected one."""
+    """``x`` is a dense tensor of a floating-point dtype, or of exactly the expected one."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense (torch.strided) tensor, got {x.layout}")
     if expected is not None and x.dtype != expected:
         raise TypeError(f"{name}: expected dtype {expected}, got {x.dtype}")
     if expected is None and not x.dtype.is_floating_point:
@@ -100,6 +103,11 @@ def check_device(name: str, x: Tensor, device: torch.device) -> None:
 
 def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """Hold the result for as long as a kernel uses its address: it may be a copy."""
+    return None if x is None else x.contiguous()
 
 
 def rows(x: Tensor) -> Tensor:

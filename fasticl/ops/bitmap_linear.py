@@ -16,8 +16,8 @@ def bitmap_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, a
 
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16, any strides; float64 runs the reference.
-        weight: ``[N, K]`` from :func:`fasticl.pack` in format ``"bitmap"`` (or ``"sliced"``, whose portable form is
-            the same), of ``x``'s dtype.
+        weight: ``[N, K]`` from :func:`fasticl.pack` in format ``"bitmap"`` (or ``"sliced"`` or ``"nm"``, whose portable
+            form is the same), of ``x``'s dtype.
         bias: ``[N]`` of ``x``'s dtype, or None.
         activation: None, ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``.
 
@@ -57,7 +57,7 @@ def cpu(
     if not _linear.kernel_takes(x):
         return reference(x, values, bitmask, row_offsets, bias, activation)
     N, K = bitmask.shape[0], x.shape[-1]
-    x2 = registry.rows(x)
+    x2, bias = registry.rows(x), registry.contiguous(bias)
     y = x.new_empty((*x.shape[:-1], N))
     _C.bitmap_linear(
         x2.data_ptr(), x2.shape[0], x2.stride(0), values.data_ptr(), bitmask.data_ptr(), row_offsets.data_ptr(), N, K,
@@ -68,7 +68,8 @@ def cpu(
 
 
 registry.define(
-    "bitmap_linear(Tensor x, Tensor values, Tensor bitmask, Tensor row_offsets, Tensor? bias, str? activation) -> Tensor",
+    "bitmap_linear(Tensor x, Tensor values, Tensor bitmask, Tensor row_offsets, Tensor? bias, str? activation) "
+    "-> Tensor",
     reference=reference,
     fake=_fake,
     cpu=cpu,

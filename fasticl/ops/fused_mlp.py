@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -30,8 +32,8 @@ def fused_mlp(
     """``y = h @ down.T + down_bias`` with ``h = act(x @ up.T + up_bias)``, or, with a gate,
     ``h = act(x @ gate.T + gate_bias) * (x @ up.T + up_bias)``.
 
-    A weight is a dense tensor (after neurons were removed, simply a smaller one) or a packed weight of format bitmap, nm
-    or sliced. The activation is applied where the kernel still has its sums in registers; h ``[tokens, H]`` stays in
+    A weight is a dense tensor (after neurons were removed, simply a smaller one) or a packed weight of format bitmap,
+    nm or sliced. The activation is applied where the kernel still has its sums in registers; h ``[tokens, H]`` stays in
     cache and never becomes a tensor that the caller sees.
 
     Args:
@@ -104,13 +106,7 @@ def _cpu(
 
 def linear(x: Tensor, weight: list[Tensor], bias: Tensor | None, activation: str | None) -> Tensor:
     """``act(x @ weight.T + bias)`` on the CPU, by the kernel of the flattened weight's format."""
-    if len(weight) == 1:
-        return dense_linear(x, weight[0], bias, activation)
-    if len(weight) == 2:
-        return nm_cpu(x, weight[0], weight[1], bias, activation)
-    if len(weight) == 3:
-        return bitmap_cpu(x, weight[0], weight[1], weight[2], bias, activation)
-    return sliced_cpu(x, *weight, bias, activation)
+    return _KERNELS[len(weight)](x, *weight, bias, activation)
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
@@ -119,13 +115,17 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
     M = x.numel() // K if K else 0
     if not 0 < M <= MAX_DENSE_TOKENS or weight.stride() != (K, 1):
         return registry.apply_activation(torch.nn.functional.linear(x, weight, bias), activation)
-    x2 = registry.rows(x)
+    x2, bias = registry.rows(x), registry.contiguous(bias)
     y = x.new_empty((*x.shape[:-1], N))
     _C.nm_linear(
         x2.data_ptr(), M, x2.stride(0), weight.data_ptr(), 0, N, K, K, registry.address(bias),
         registry.ACTIVATIONS[activation], y.data_ptr(), N, registry.DTYPES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return y
+
+
+# By the number of tensors that a flattened weight has.
+_KERNELS: dict[int, Callable[..., Tensor]] = {1: dense_linear, 2: nm_cpu, 3: bitmap_cpu, 7: sliced_cpu}
 
 
 def _flatten(name: str, x: Tensor, weight: Tensor | PackedWeight, shape: tuple[int | str, int | str]) -> list[Tensor]:
@@ -139,8 +139,8 @@ def _flatten(name: str, x: Tensor, weight: Tensor | PackedWeight, shape: tuple[i
     if not isinstance(weight, PackedWeight):
         raise TypeError(f"{name}: expected a torch.Tensor or a PackedWeight, got {type(weight).__name__}")
     if weight.format == "compact":
-        raise ValueError(f"{name}: expected format bitmap, nm or sliced, or the dense rest of a compact weight, got compact")
-    registry.check_dtype(name, x, weight.dtype)
+        raise ValueError(f"{name}: expected format bitmap, nm or sliced (or the dense rest as a tensor), got compact")
+    registry.check_dtype(name, weight.values, x.dtype)
     registry.check_device(name, weight.values, x.device)
     for size, want in zip(weight.shape, shape, strict=True):
         if isinstance(want, int) and size != want:
@@ -163,4 +163,5 @@ registry.define(
     reference=reference,
     fake=_fake,
     cpu=_cpu,
+    cpu_name="the C++ linears",
 )

@@ -49,7 +49,7 @@ def cpu(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, activat
     if not _linear.kernel_takes(x):
         return reference(x, values, bitmask, bias, activation)
     N, K = bitmask.shape[0], x.shape[-1]
-    x2 = registry.rows(x)
+    x2, bias = registry.rows(x), registry.contiguous(bias)
     y = x.new_empty((*x.shape[:-1], N))
     _C.nm_linear(
         x2.data_ptr(), x2.shape[0], x2.stride(0), values.data_ptr(), bitmask.data_ptr(), N, K,

@@ -28,6 +28,9 @@ def sliced_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, a
     Returns:
         ``[..., N]`` in ``x.dtype``; products accumulate in float32, the result is rounded once.
 
+    Up to 8 tokens x must be finite: sixteen rows share an instruction, and a value of x that only some of them need is
+    multiplied by zero in the others, where infinity and NaN give NaN.
+
     Raises:
         TypeError: ``x`` or ``bias`` is not of the weight's dtype, or ``weight`` is no PackedWeight.
         ValueError: shapes, devices or the format do not fit, or the activation is unknown.
@@ -65,7 +68,7 @@ def cpu(
     M = x.numel() // K if K else 0
     if M > MAX_TOKENS or K == 0 or not _linear.kernel_takes(x):
         return bitmap_cpu(x, values, bitmask, row_offsets, bias, activation)
-    x2 = registry.rows(x)
+    x2, bias = registry.rows(x), registry.contiguous(bias)
     y = x.new_empty((*x.shape[:-1], N))
     _C.sliced_linear(
         x2.data_ptr(), M, x2.stride(0), K, sliced_values.data_ptr(), steps.data_ptr(), slice_offsets.data_ptr(),

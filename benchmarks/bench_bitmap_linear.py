@@ -1,0 +1,88 @@
+"""``bitmap_linear`` over sparsity, batch and shape; the cold batch-1 cases carry the read bandwidth beside them."""
+
+from __future__ import annotations
+
+import torch
+from bench_bandwidth import read_only
+from common import Case, Contender, Truth
+from linear import bytes_of, linear_case, pruned, rotated
+from torch import Tensor
+
+import fasticl
+
+SPARSITIES = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
+# (N, K), dtype, batches, tier: a 4096² layer of a decoder read from memory, and the layers of a 124M model in cache
+SHAPES = (
+    ((4096, 4096), "float32", (1,), "headline"),
+    ((4096, 4096), "bfloat16", (1,), "headline"),
+    ((3072, 768), "float32", (64,), "headline"),
+    ((3072, 768), "bfloat16", (64,), "headline"),
+    ((768, 768), "float32", (1, 2, 4, 8, 16), "headline"),
+    ((3072, 768), "float32", (1, 2, 4, 8, 16), "headline"),
+    ((3072, 768), "float32", (32, 128, 256), "sweep"),
+    ((3072, 768), "bfloat16", (1, 4, 16, 256), "sweep"),
+    ((768, 768), "float32", (64, 256), "sweep"),
+    ((768, 768), "bfloat16", (1, 16, 64), "sweep"),
+    ((4096, 4096), "float32", (4, 16, 64, 256), "sweep"),
+    ((4096, 4096), "bfloat16", (16, 64), "sweep"),
+)
+
+
+def cases(quick: bool) -> list[Case]:
+    sparsities = (0.5, 0.8, 0.9) if quick else SPARSITIES
+    kept = [(sparsity, "unstructured") for sparsity in sparsities]
+    found = []
+    for (N, K), dtype, batches, tier in SHAPES:
+        for batch in batches:
+            cold = (N, batch) == (4096, 1)
+            middle = (N, batch, dtype) == (3072, 64, "float32")
+            found.append(
+                linear_case(
+                    "bitmap_linear",
+                    fasticl.ops.bitmap_linear,
+                    N,
+                    K,
+                    batch,
+                    dtype,
+                    kept,
+                    cache="cold" if cold else "hot",
+                    tier=tier,
+                    others=(lambda x: [read_only()]) if cold else alternatives if middle else None,
+                    targets=(cold or middle) and dtype == "float32",
+                )
+            )
+    return found
+
+
+def alternatives(x: Tensor) -> list[Contender]:
+    """What else a pruned 3072×768 layer can run on: torch's CSR, and a smaller dense layer with as many weights."""
+    found = []
+    for sparsity in (0.5, 0.8, 0.9):
+        weight = pruned(3072, 768, sparsity, "unstructured", "float32")
+        csr = weight.to_sparse_csr()
+        stored = bytes_of(csr.values(), csr.col_indices(), csr.crow_indices())
+        output = 3072 * x.shape[0] * x.element_size()
+        found.append(
+            Contender(
+                "torch_csr",
+                [lambda csr=csr: (csr @ x.T).T],
+                Truth.of(torch.nn.functional.linear, x, weight),
+                stored + bytes_of(x) + output,
+                2 * csr.values().numel() * x.shape[0],
+                sparsity,
+                "unstructured",
+            )
+        )
+        smaller = pruned(3072, 768, sparsity, "neuron", "float32")
+        found.append(
+            Contender(
+                "torch_smaller",
+                rotated(lambda w: torch.nn.functional.linear(x, w), smaller, bytes_of(smaller), "hot"),
+                Truth.of(torch.nn.functional.linear, x, smaller),
+                bytes_of(smaller, x) + smaller.shape[0] * x.shape[0] * x.element_size(),
+                2 * smaller.numel() * x.shape[0],
+                sparsity,
+                "neuron",
+            )
+        )
+    return found

@@ -1,0 +1,246 @@
+"""What every benchmark shares: a case, its contenders, the check before the clock, and the CSV that the rows go to."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from math import ceil
+from pathlib import Path
+
+import torch
+from environment import Environment, last_level_cache_bytes
+from torch import Tensor
+
+from fasticl.timing import interleaved
+
+# fmt: off
+COLUMNS = (
+    "op", "impl", "device", "dtype", "shape", "sparsity", "pattern", "batch", "ms_p50", "ms_p20", "ms_p80", "gbps",
+    "tflops", "rel_err", "baseline", "speedup", "torch", "triton", "fasticl", "git", "utc", "threads", "cache",
+)
+# fmt: on
+CASE_COLUMNS = ("op", "device", "dtype", "shape", "batch", "cache", "threads")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# A thread pool spins after its last job (OpenBLAS 30 ms, libgomp about 20 ms where a pause takes 140 cycles) and would
+# take a core from the contender that runs next on another pool.
+SETTLE_SECONDS = 0.035
+
+
+def generator(salt: int) -> torch.Generator:
+    """Random numbers that depend on ``torch.manual_seed`` and ``salt`` alone, not on which cases ran before."""
+    return torch.Generator().manual_seed(torch.initial_seed() % (1 << 62) + salt)
+
+
+class WrongResult(RuntimeError):
+    """A contender's output is further from the float64 result than its tolerance; it is not timed."""
+
+
+def relative_error(output: Tensor, expected: Tensor) -> float:
+    """``max |output - expected| / max |expected|``, in float64; NaN where either has one.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    if output.shape != expected.shape:
+        raise ValueError(f"output: expected shape {tuple(expected.shape)}, got {tuple(output.shape)}")
+    if expected.numel() == 0:
+        return 0.0
+    scale = expected.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+    return float((output.double() - expected.double()).abs().max() / scale)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The float64 result and the largest relative error that passes for it."""
+
+    expected: Tensor
+    tolerance: float
+
+    @classmethod
+    def of(cls, function: Callable[..., Tensor], *tensors: Tensor) -> Truth:
+        """``function`` at float64, and torch's own error in the tensors' dtype."""
+        return cls.against(function(*(tensor.double() for tensor in tensors)), function(*tensors))
+
+    @classmethod
+    def against(cls, expected: Tensor, output: Tensor) -> Truth:
+        """``expected`` at float64; tolerated is twice the error of torch's ``output``, plus one unit of its dtype."""
+        return cls(expected, 2 * relative_error(output, expected) + torch.finfo(output.dtype).eps)
+
+    def check(self, output: Tensor, name: str) -> float:
+        """The relative error of ``output``.
+
+        Raises:
+            WrongResult: if it passes the tolerance, or is NaN.
+        """
+        error = relative_error(output, self.expected)
+        if not error <= self.tolerance:
+            raise WrongResult(f"{name}: expected a relative error of at most {self.tolerance:.2e}, got {error:.2e}")
+        return error
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One implementation of a case.
+
+    Attributes:
+        impl: its name in the CSV.
+        calls: computes the result; one callable per copy of the weights, used in turn.
+        truth: what every call must return.
+        bytes: read and written by one call, at least: weights as stored, inputs, outputs.
+        flops: of one call, two per stored weight and token; zeros that are not stored count nothing.
+        pattern: of its zeros; "dense" has none, "none" multiplies no weights and gets no speed-up.
+        dense: whether it may be the *best dense* that speed-ups are relative to.
+        own_pool: whether it runs on a thread pool other than torch's.
+    """
+
+    impl: str
+    calls: Sequence[Callable[[], Tensor]]
+    truth: Truth
+    bytes: int
+    flops: int
+    sparsity: float = 0.0
+    pattern: str = "dense"
+    dense: bool = False
+    own_pool: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.impl} {self.pattern} {self.sparsity:g}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Contenders that do the same job and are timed against each other; ``build`` makes them, at the time of need."""
+
+    op: str
+    dtype: str
+    shape: str
+    batch: int
+    build: Callable[[], list[Contender]]
+    cache: str = "hot"  # "cold": the weights come from memory; "hot": from where one copy of each fits
+    tier: str = "sweep"  # "headline": run by --quick and first
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.shape} batch {self.batch} {self.dtype} {self.cache}"
+
+
+def key(case: Case, environment: Environment) -> tuple[str, ...]:
+    """The values of ``CASE_COLUMNS``."""
+    return (
+        case.op, environment.device, case.dtype, case.shape, str(case.batch), case.cache, str(environment.threads),
+    )  # fmt: skip
+
+
+def copies_of(weight_bytes: int, cache: str) -> int:
+    """How many copies of the weights a contender rotates: one when hot; when cold 1.25 times the last-level cache."""
+    if cache == "hot":
+        return 1
+    return min(128, max(2, ceil(1.25 * last_level_cache_bytes() / weight_bytes)))
+
+
+def measure(
+    case: Case, environment: Environment, *, seconds: float = 1.0, min_samples: int = 15
+) -> list[dict[str, str]]:
+    """Checks every copy of every contender, then times them against each other.
+
+    Returns:
+        one row of ``COLUMNS`` per contender.
+
+    Raises:
+        WrongResult: if any contender is wrong; then nothing was timed.
+    """
+    contenders = case.build()
+    errors = {c.name: max(c.truth.check(call(), f"{case}, {c.name}") for call in c.calls) for c in contenders}
+
+    turns: dict[str, Sequence[Callable[[], object]]] = {}
+    for contender in contenders:
+        settle = contender.own_pool and environment.threads > 1
+        if settle:
+            turns[f"before {contender.name}"] = [_settle]
+        turns[contender.name] = contender.calls
+        if settle:
+            turns[f"after {contender.name}"] = [_settle]
+    timings = interleaved(turns, seconds=seconds, min_samples=min_samples)
+
+    best = min((c for c in contenders if c.dense), key=lambda c: timings[c.name].ms_p50, default=None)
+    utc = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    rows = []
+    for contender in contenders:
+        timing = timings[contender.name]
+        compared = {}
+        if best is not None and contender.pattern != "none":
+            compared = {"baseline": best.impl, "speedup": f"{timings[best.name].ms_p50 / timing.ms_p50:.4g}"}
+        rows.append(
+            {
+                **dict(zip(CASE_COLUMNS, key(case, environment), strict=True)),
+                "impl": contender.impl,
+                "sparsity": f"{contender.sparsity:g}",
+                "pattern": contender.pattern,
+                "ms_p50": f"{timing.ms_p50:.5g}",
+                "ms_p20": f"{timing.ms_p20:.5g}",
+                "ms_p80": f"{timing.ms_p80:.5g}",
+                "gbps": f"{contender.bytes / timing.ms_p50 / 1e6:.4g}",
+                "tflops": f"{contender.flops / timing.ms_p50 / 1e9:.4g}",
+                "rel_err": f"{errors[contender.name]:.2e}",
+                "baseline": "",
+                "speedup": "",
+                **compared,
+                "torch": environment.torch,
+                "triton": environment.triton,
+                "fasticl": environment.fasticl,
+                "git": environment.git,
+                "utc": utc,
+            }
+        )
+    return rows
+
+
+def _settle() -> None:
+    time.sleep(SETTLE_SECONDS)
+
+
+class Results:
+    """The CSV at ``path``: one block of rows per case, a block replaced when its case is measured again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows = read_rows(path) if path.exists() else []
+
+    def has(self, case: Case, environment: Environment) -> bool:
+        """Whether the case is there, measured with these sources and this torch."""
+        same = (environment.torch, environment.fasticl, environment.git)
+        wanted = key(case, environment)
+        return any(_key(row) == wanted and (row["torch"], row["fasticl"], row["git"]) == same for row in self.rows)
+
+    def put(self, rows: Sequence[Mapping[str, str]]) -> None:
+        """Writes the rows of one case in place of its earlier ones."""
+        keys = {_key(row) for row in rows}
+        self.rows = [row for row in self.rows if _key(row) not in keys] + [dict(row) for row in rows]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+        partial.replace(self.path)
+
+
+def _key(row: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(row[column] for column in CASE_COLUMNS)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a results file.
+
+    Raises:
+        ValueError: if its columns are not ``COLUMNS``.
+    """
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise ValueError(f"{path}: expected columns {','.join(COLUMNS)}, got {','.join(reader.fieldnames or ())}")
+        return list(reader)

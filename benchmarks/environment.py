@@ -1,0 +1,82 @@
+"""What a measurement is worth nothing without: the machine, the versions, the sources."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import fasticl
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Columns that are the same for all rows of a run."""
+
+    device: str
+    threads: int
+    torch: str
+    triton: str
+    fasticl: str
+    git: str
+
+    @classmethod
+    def current(cls, device: str, threads: int) -> Environment:
+        return cls(device, threads, torch.__version__, _version("triton"), fasticl.__version__, source_version())
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def source_version(root: Path = ROOT) -> str:
+    """The commit; with ``+`` and a digest of the sources where they differ from it; empty outside of a git checkout."""
+    sources = ("fasticl", "csrc", "kernels", "setup.py", "benchmarks/*.py")
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(("git", "-C", str(root), *arguments), capture_output=True, text=True, check=False)
+        return done.stdout if done.returncode == 0 else ""
+
+    files = git("ls-files", "-co", "--exclude-standard", "--", *sources).splitlines()
+    commit = git("rev-parse", "--short=10", "HEAD").strip()
+    if not files or (commit and not git("status", "--porcelain", "--", *sources)):
+        return commit
+    digest = hashlib.sha1(usedforsecurity=False)
+    for file in sorted(name for name in files if (root / name).is_file()):
+        digest.update(file.encode() + b"\0" + (root / file).read_bytes())
+    return f"{commit}+{digest.hexdigest()[:8]}"
+
+
+def cpu_slug(threads: int) -> str:
+    """Names this CPU: model name, family and model number, threads; ``intel-xeon-family6-model207-2threads``."""
+    info: dict[str, str] = {}
+    if os.path.exists("/proc/cpuinfo"):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            info.setdefault(key.strip(), value.strip())
+    name = info.get("model name") or platform.processor() or platform.machine()
+    name = re.sub(r"\((R|TM)\)|\b(CPU|Processor)\b|@.*|\d+-Core", " ", name, flags=re.IGNORECASE)
+    parts = [name] + [
+        f"{key}{info[column]}" for key, column in (("family", "cpu family"), ("model", "model")) if column in info
+    ]
+    return re.sub(r"[^a-z0-9]+", "-", " ".join([*parts, f"{threads}threads"]).lower()).strip("-")
+
+
+def last_level_cache_bytes() -> int:
+    """Of the first CPU; 32 MiB where the system does not say."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    found = [int(text[:-1]) * units[text[-1]] for path in sizes if (text := path.read_text().strip())[-1:] in units]
+    return max(found, default=32 << 20)

@@ -1,0 +1,96 @@
+"""Measures the kernels against the dense ones: ``python benchmarks/run.py``, one CSV row per measurement.
+
+Each case is written when it is done; one that the file has, from the same sources and torch, is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from common import DTYPES, Case, Results, WrongResult, measure
+from environment import ROOT, Environment, cpu_slug
+from threadpoolctl import threadpool_limits
+
+OPS = ("bandwidth", "bitmap_linear", "sliced_linear", "nm_linear", "fused_mlp", "attention_mlp", "model")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu"], default="cpu")
+    parser.add_argument("--op", choices=OPS, action="append", help="only this one; repeat for more")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="only this one; repeat for more")
+    parser.add_argument("--quick", action="store_true", help="the headline cases with few samples; not for quoting")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and inputs")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/cpu-<model>.csv; --quick: runs/bench/")
+    parser.add_argument("--force", action="store_true", help="measure again what the file has")
+    return parser.parse_args(arguments)
+
+
+def selected(options: argparse.Namespace) -> list[Case]:
+    """Headline cases first, in the order of ``OPS``."""
+    cases: list[Case] = []
+    for op in OPS:
+        if options.op is None or op in options.op:
+            cases += importlib.import_module(f"bench_{op}").cases(options.quick)
+    cases = [case for case in cases if options.dtype is None or case.dtype in options.dtype]
+    if options.quick:
+        cases = [case for case in cases if case.tier == "headline"]
+    if len({str(case) for case in cases}) != len(cases):
+        raise ValueError("cases: expected each of them once, got two with the same columns")
+    return sorted(cases, key=lambda case: case.tier != "headline")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status 1 if a result was wrong or nothing was selected."""
+    options = parse(arguments)
+    if options.threads < 1:
+        raise SystemExit(f"--threads: expected at least 1, got {options.threads}")
+    torch.manual_seed(options.seed)
+    torch.set_num_threads(options.threads)
+    threadpool_limits(options.threads, user_api="blas")  # NumPy's OpenBLAS
+    folder = ROOT / ("runs/bench" if options.quick else "benchmarks/results")
+    results = Results(options.out or folder / f"cpu-{cpu_slug(options.threads)}.csv")
+    environment = Environment.current(options.device, options.threads)
+    seconds, min_samples = (0.2, 3) if options.quick else (1.0, 15)
+
+    cases = selected(options)
+    if not cases:
+        print("no case fits --op and --dtype", file=sys.stderr)
+        return 1
+    start = time.perf_counter()
+    wrong = 0
+    for index, case in enumerate(cases, 1):
+        head = f"[{index}/{len(cases)}, {time.perf_counter() - start:.0f} s] {case}"
+        if not options.force and results.has(case, environment):
+            print(f"{head}: already measured", flush=True)
+            continue
+        print(head, flush=True)
+        try:
+            with torch.no_grad():
+                rows = measure(case, environment, seconds=seconds, min_samples=min_samples)
+        except WrongResult as error:
+            print(f"    WRONG, not timed: {error}", flush=True)
+            wrong += 1
+            continue
+        for row in rows:
+            speedup = f"{float(row['speedup']):6.2f}x {row['baseline']}" if row["speedup"] else f"{row['gbps']:>6} GB/s"
+            print(
+                f"    {row['impl']:14} {row['pattern']:12} {row['sparsity']:>4}  {float(row['ms_p50']):10.4f} ms"
+                f"  {speedup}  error {row['rel_err']}",
+                flush=True,
+            )
+        results.put(rows)
+    print(f"{results.path}: {len(results.rows)} rows, {time.perf_counter() - start:.0f} s")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("default")
+    sys.exit(main())

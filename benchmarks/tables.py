@@ -1,0 +1,215 @@
+"""Markdown tables from the rows of a results file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import CASE_COLUMNS
+
+Row = dict[str, str]
+
+
+def fasticl(row: Row) -> bool:
+    return row["impl"].startswith("fasticl")
+
+
+def by_case(rows: Sequence[Row]) -> dict[tuple[str, ...], list[Row]]:
+    """Rows of one case together, cases in the order of the file."""
+    cases: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        cases.setdefault(tuple(row[column] for column in CASE_COLUMNS), []).append(row)
+    return cases
+
+
+def best_dense_ms(case: Sequence[Row]) -> float:
+    return next(float(row["ms_p50"]) for row in case if row["impl"] == row["baseline"])
+
+
+def percent(sparsity: str) -> str:
+    return f"{float(sparsity) * 100:g} %"
+
+
+def variant(row: Row) -> str:
+    """What a column of speed-ups is called: the zeros, and what else tells this contender from the others."""
+    impl = row["impl"].removeprefix("fasticl").strip("+_")
+    if row["pattern"] in ("dense", "none"):
+        return impl or "FastICL"
+    zeros = {"unstructured": percent(row["sparsity"]), "neuron": f"neurons {percent(row['sparsity'])}"}
+    return " ".join(filter(None, (zeros.get(row["pattern"], row["pattern"]), impl)))
+
+
+def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A table, numbers to the right of the first column."""
+    rule = ["---", *("---:" for _ in header[1:])]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *body))
+
+
+def op_table(rows: Sequence[Row], op: str) -> str:
+    """One line per case: the best dense, and how much faster each other contender was."""
+    cases = [case for case in by_case(rows).values() if case[0]["op"] == op]
+    if not cases:
+        raise ValueError(f"table {op}: expected rows of this op, got none")
+    shapes = list(dict.fromkeys(case[0]["shape"] for case in cases))
+    cases.sort(key=lambda case: (shapes.index(case[0]["shape"]), case[0]["dtype"] != "float32", int(case[0]["batch"])))
+    shown = [
+        [r for r in case if fasticl(r) or r["impl"] in ("onnxruntime", "torch_compile", "torch_csr")] for case in cases
+    ]
+    variants = list(dict.fromkeys(variant(row) for case in shown for row in case))
+    body = []
+    for case, others in zip(cases, shown, strict=True):
+        first = case[0]
+        speedups = {variant(row): f"{float(row['speedup']):.2f}×" for row in others}
+        name = f"{first['shape']}, batch {first['batch']}, {first['dtype']}, {first['cache']}"
+        dense = f"{best_dense_ms(case):.3g} ms ({first['baseline']})"
+        body.append([name, dense, *(speedups.get(column, "") for column in variants)])
+    return markdown(["case", "best dense", *variants], body)
+
+
+def bandwidth_table(rows: Sequence[Row], op: str = "bitmap_linear") -> str:
+    """Cold batch-1 cases: bytes per second of the packed weights, and of plain reading in the same run."""
+    body = []
+    for row, roofline in rooflines(rows, op):
+        name = f"{row['shape']}, {row['dtype']}, {percent(row['sparsity'])}"
+        body.append([name, f"{float(row['gbps']):.1f}", f"{roofline:.1f}", f"{float(row['gbps']) / roofline:.0%}"])
+    return markdown([f"{op}, batch 1, from memory", "GB/s", "read only, GB/s", "of the roofline"], body)
+
+
+def rooflines(rows: Sequence[Row], op: str) -> Iterator[tuple[Row, float]]:
+    """FastICL's rows of the cases that measured the read bandwidth beside them, with that bandwidth in GB/s."""
+    for case in by_case(rows).values():
+        reads = [float(row["gbps"]) for row in case if row["impl"] == "read_only"]
+        if case[0]["op"] == op and reads:
+            yield from ((row, max(reads)) for row in case if row["impl"] == "fasticl")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """``measure(rows)`` values, one per entry of ``at_least``; None where the rows are not there."""
+
+    case: str
+    at_least: tuple[float, ...]
+    measure: Callable[[Sequence[Row]], list[float | None]]
+    unit: str = "×"
+
+
+def _select(rows: Sequence[Row], **columns: object) -> list[Row]:
+    return [row for row in rows if all(row[column] in str(value).split("|") for column, value in columns.items())]
+
+
+def speedups(sparsities: Sequence[float], over: str = "", take: Callable = max, **columns: object) -> Callable:
+    """At each sparsity: ``take`` of the speed-ups of all rows with these columns, over the best dense or ``over``."""
+
+    def measure(rows: Sequence[Row]) -> list[float | None]:
+        found: list[float | None] = []
+        for sparsity in sparsities:
+            values = []
+            for case in by_case(rows).values():
+                for row in _select(case, sparsity=f"{sparsity:g}", **{"impl": "fasticl", **columns}):
+                    if not over:
+                        values.append(float(row["speedup"]))
+                    values += [float(r["ms_p50"]) / float(row["ms_p50"]) for r in case if over and r["impl"] == over]
+            found.append(take(values) if values else None)
+        return found
+
+    return measure
+
+
+def roofline_share(rows: Sequence[Row]) -> list[float | None]:
+    shares = {
+        row["sparsity"]: 100 * float(row["gbps"]) / roofline
+        for row, roofline in rooflines(rows, "bitmap_linear")
+        if (row["shape"], row["dtype"]) == ("4096x4096", "float32")
+    }
+    return [shares.get("0.5"), shares.get("0.8")]
+
+
+LINEAR = "bitmap_linear|sliced_linear"
+COLD = {"shape": "4096x4096", "batch": 1}
+MIDDLE = {"op": LINEAR, "shape": "3072x768", "batch": 64, "pattern": "unstructured"}
+SMALL = {"op": "bitmap_linear", "batch": "1|2|4|8|16", "pattern": "unstructured", "dtype": "float32"}
+GOALS = (
+    Goal("`bitmap_linear` 4096×4096, batch 1, float32, 50 / 80 %", (1.6, 3.4),
+         speedups((0.5, 0.8), op="bitmap_linear", dtype="float32", **COLD)),
+    Goal("the same, of the read-bandwidth roofline", (85, 85), roofline_share, " %"),
+    Goal("the same, bfloat16", (3.5, 6), speedups((0.5, 0.8), op="bitmap_linear", dtype="bfloat16", **COLD)),
+    Goal("`sliced_linear` 4096×4096, batch 1, float32, 90 %", (5.5,),
+         speedups((0.9,), op="sliced_linear", dtype="float32", **COLD)),
+    Goal("3072×768, batch 64, float32, 50 / 80 / 90 %", (2, 4, 7),
+         speedups((0.5, 0.8, 0.9), dtype="float32", **MIDDLE)),
+    Goal("3072×768, batch 64, bfloat16, 50 / 80 / 90 %", (1.1, 2.5, 5),
+         speedups((0.5, 0.8, 0.9), dtype="bfloat16", **MIDDLE)),
+    Goal("768×768, batch 1 to 16, float32, 50 %, slowest", (1,),
+         speedups((0.5,), take=min, shape="768x768", **SMALL)),
+    Goal("3072×768, batch 1 to 16, float32, 50 %, slowest", (1,),
+         speedups((0.5,), take=min, shape="3072x768", **SMALL)),
+    Goal("`attention_mlp` B=64, L=512, d=64, m=256, against eager", (3.5,),
+         speedups((0,), "torch", op="attention_mlp", batch=64, shape="L512-d64-m256", dtype="float32")),
+    Goal("the same, against `torch.compile`", (2,),
+         speedups((0,), "torch_compile", op="attention_mlp", batch=64, shape="L512-d64-m256", dtype="float32")),
+    Goal("`attention_mlp`, all shapes, slowest", (1,), speedups((0,), take=min, op="attention_mlp")),
+    Goal("GPT-2-124M shape, float32, prefill of 128 tokens, 50 / 80 %", (1.6, 3),
+         speedups((0.5, 0.8), op="model", shape="gpt2-124M-prefill128")),
+    Goal("the same, decode, LM head pruned too, 50 / 80 %", (2.5, 4),
+         speedups((0.5, 0.8), op="model", shape="gpt2-124M-decode", impl="fasticl+head")),
+)  # fmt: skip
+
+
+def headline_table(rows: Sequence[Row]) -> str:
+    """What the project set out to reach, and what was measured; speed-ups are over the best dense."""
+
+    def written(values: Sequence[float | None], unit: str) -> str:
+        if all(value is None for value in values):
+            return "not measured"
+        digits = 0 if unit == " %" else 2
+        return " / ".join("–" if value is None else f"{value:.{digits}f}" for value in values) + unit
+
+    body = []
+    for goal in GOALS:
+        values = goal.measure(rows)
+        reached = all(value is not None and value >= least for value, least in zip(values, goal.at_least, strict=True))
+        at_least = " / ".join(f"{value:g}" for value in goal.at_least) + goal.unit
+        body.append([goal.case, written(values, goal.unit), at_least, "yes" if reached else "no"])
+    return markdown(["case", "measured", "at least", "reached"], body)
+
+
+def table(name: str, rows: Sequence[Row], source: str) -> str:
+    """The table ``name``: "headline", "bandwidth" or an op; with a line that says where its numbers come from.
+
+    Raises:
+        ValueError: if there is no such table, or no rows for it.
+    """
+    if not rows:
+        raise ValueError(f"{source}: expected rows, got none")
+    if name == "headline":
+        text, used = headline_table(rows), list(rows)
+    elif name == "bandwidth":
+        text, used = bandwidth_table(rows), [row for row, _ in rooflines(rows, "bitmap_linear")]
+    else:
+        text, used = op_table(rows, name), _select(rows, op=name)
+    facts = [
+        f"{column} {' and '.join(sorted({row[column] for row in used if row[column]}))}"
+        for column in ("threads", "torch", "fasticl", "git")
+    ]
+    return f"{text}\n\nFrom `{source}`: {', '.join(facts)}."
+
+
+MARKER = re.compile(r"(<!-- table:([\w-]+) -->\n)(?:.*?)(<!-- end -->)", re.DOTALL)
+
+
+def fill(readme: Path, rows: Sequence[Row], source: str) -> list[str]:
+    """Writes the tables between the markers of ``readme``; returns their names.
+
+    Raises:
+        ValueError: if the file has no marker, a marker without its end, or a name that is no table.
+    """
+    text = readme.read_text()
+    opened, names = text.count("<!-- table:"), [match[2] for match in MARKER.finditer(text)]
+    if not names or opened != len(names):
+        raise ValueError(
+            f"{readme}: expected `<!-- table:NAME -->` lines, each with `<!-- end -->`, got {opened} and {len(names)}"
+        )
+    readme.write_text(MARKER.sub(lambda match: f"{match[1]}{table(match[2], rows, source)}\n{match[3]}", text))
+    return names

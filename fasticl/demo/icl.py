@@ -1,0 +1,113 @@
+"""The paper's one-layer model: trained, its neurons pruned smallest first, error and inference time over the rate."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fasticl.icl import ICLData, ICLTransformer, pruning_curve, train
+from fasticl.timing import interleaved
+
+if TYPE_CHECKING:
+    from fasticl.demo import Settings
+    from fasticl.demo.stages import Stages
+
+_LENGTH = 20  # context columns, L
+_TRAINED_HINGE = 0.1  # the loss starts at 1 and ends below .03; between lies a training that did not converge
+
+
+def run(settings: Settings, stages: Stages, failures: list[str]) -> dict[str, Any]:
+    """Trains, prunes, measures; what went wrong is added to ``failures``. Returns JSON-ready numbers."""
+    m, lr = (64, 1.0) if settings.quick else (256, 4.0)
+    steps = 400
+    generator = torch.Generator().manual_seed(settings.seed)
+    data = ICLData(seed=settings.seed)
+    model = ICLTransformer(data.d_x, data.d_y, m, generator=generator).to(settings.device)
+    with stages.stage(f"train the one-layer model, {m} neurons", total=steps) as advance, _one_thread():
+        losses = train(
+            model, data, steps=steps, lr=lr, length=_LENGTH, generator=generator, progress=lambda *_: advance()
+        )
+
+    rates = [i / 10 for i in range(10)] if settings.quick else [i / 40 for i in range(40)]
+    prompts = 1000 if settings.quick else 4000
+    shifted = data.out_of_domain(generator=generator)
+    orders = {"smallest first": model.neuron_scores().argsort(stable=True)}
+    orders["random order"] = torch.randperm(m, generator=generator).to(settings.device)
+    with stages.stage("prune its neurons", total=len(orders)) as advance, _one_thread():
+        curves = {}
+        for name, order in orders.items():
+            points = pruning_curve(
+                model, data, rates, out_of_domain=shifted, order=order, n=prompts, length=_LENGTH, generator=generator
+            )
+            curves[name] = [asdict(point) for point in points]
+            advance()
+    unpruned = curves["smallest first"][0]
+    for domain in ("in_domain", "out_of_domain"):
+        if not unpruned[domain]["hinge"] < _TRAINED_HINGE:
+            failures.append(
+                f"the one-layer model did not learn: {domain} hinge error {unpruned[domain]['hinge']:.3f}, "
+                f"expected below {_TRAINED_HINGE}; try another --seed"
+            )
+
+    with stages.stage("time its inference"):
+        timings = _time(model, data, settings, failures)
+    return {
+        "neurons": m,
+        "steps": steps,
+        "lr": lr,
+        "prompt_length": _LENGTH,
+        "test_prompts": prompts,
+        "losses": losses,
+        "row_norms": model.neuron_scores().sort().values.tolist(),
+        "pruning": curves,
+        "time": timings,
+    }
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Steps of microseconds: more threads lose to their own hand-over, by far where something else uses a core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@torch.inference_mode()
+def _time(model: ICLTransformer, data: ICLData, settings: Settings, failures: list[str]) -> list[dict[str, Any]]:
+    """Microseconds per prompt of the eager forward and of ``compile_for_inference()``, over the pruning rate."""
+    batch = 256
+    prompts = data.sample(batch, _LENGTH, 0.8, generator=torch.Generator().manual_seed(settings.seed))
+    prompts = prompts.to(settings.device, settings.dtype)
+    rates = [0.0, 0.5, 0.9] if settings.quick else [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+    contenders, rows = {}, []
+    for rate in rates:
+        exact = copy.deepcopy(model).prune_neurons_(rate).to(settings.dtype)
+        fused = exact.compile_for_inference()
+        contenders[f"eager {rate}"] = lambda model=exact: model(prompts.context, prompts.query)
+        contenders[f"fasticl {rate}"] = lambda model=fused: model(prompts.context, prompts.query)
+
+        truth = copy.deepcopy(exact).double()(prompts.context.double(), prompts.query.double())
+        scale = truth.abs().max().item()
+        eager_error = (contenders[f"eager {rate}"]() - truth).abs().max().item() / scale
+        error = (contenders[f"fasticl {rate}"]() - truth).abs().max().item() / scale
+        # Folding W_K, W_Q and W_O, W_V rounds two products to the dtype once more than the unfolded weights do.
+        tolerance = 4 * eager_error + 4 * torch.finfo(settings.dtype).eps
+        if not error <= tolerance:
+            failures.append(
+                f"the fused one-layer model is off by {error:.2e} of the largest score at pruning rate {rate}, "
+                f"expected at most {tolerance:.2e}"
+            )
+        rows.append({"rate": rate, "neurons": len(exact.W_O), "max_relative_error": error, "tolerance": tolerance})
+    timings = interleaved(contenders, seconds=0.5 if settings.quick else 4.0, synchronize=settings.synchronize)
+    for row in rows:
+        eager_ms, fasticl_ms = (timings[f"{name} {row['rate']}"].ms_p50 for name in ("eager", "fasticl"))
+        row.update(eager_us=eager_ms * 1e3 / batch, fasticl_us=fasticl_ms * 1e3 / batch, speedup=eager_ms / fasticl_ms)
+    return rows

@@ -1,0 +1,401 @@
+"""The benchmarks: rows are well formed, wrong kernels are not timed, runs resume, figures and tables come out."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import fasticl
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+if not BENCHMARKS.is_dir():
+    pytest.skip("benchmarks/ is not part of an installed package", allow_module_level=True)
+sys.path.insert(0, str(BENCHMARKS))
+
+import bench_attention_mlp  # noqa: E402
+import bench_bandwidth  # noqa: E402
+import bench_fused_mlp  # noqa: E402
+import bench_model  # noqa: E402
+import common  # noqa: E402
+import environment  # noqa: E402
+import linear  # noqa: E402
+import plot  # noqa: E402
+import run  # noqa: E402
+import tables  # noqa: E402
+
+HERE = environment.Environment("cpu", 1, torch.__version__, "", "0", "abc")
+QUICK = {"seconds": 0.01, "min_samples": 2}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tiny(function: Callable[..., Tensor] | None = None, **options: object) -> common.Case:
+    kept = [(0.5, "unstructured"), (0.9, "unstructured")]
+    function = function or fasticl.ops.bitmap_linear
+    return linear.linear_case("bitmap_linear", function, 48, 32, 2, "float32", kept, **options)
+
+
+def check_rows(rows: list[dict[str, str]]) -> None:
+    baseline = next(row for row in rows if row["impl"] == row["baseline"])
+    for row in rows:
+        assert set(row) == set(common.COLUMNS)
+        assert not any("," in value or "{" in value for value in row.values())
+        assert 0 < float(row["ms_p20"]) <= float(row["ms_p50"]) <= float(row["ms_p80"])
+        assert float(row["gbps"]) > 0
+        assert 0 <= float(row["rel_err"]) < 0.05
+        assert float(row["speedup"]) == pytest.approx(float(baseline["ms_p50"]) / float(row["ms_p50"]), rel=1e-2)
+
+
+def test_rows_are_well_formed() -> None:
+    rows = common.measure(tiny(targets=True), HERE, **QUICK)
+    check_rows(rows)
+    impls = [(row["impl"], row["sparsity"]) for row in rows]
+    assert {("torch", "0"), ("numpy", "0"), ("fasticl", "0.5"), ("fasticl", "0.9")} <= set(impls)
+    assert len(set(impls)) == len(impls)
+    assert {row["baseline"] for row in rows} <= {"torch", "numpy"}
+    lesser = {f"fasticl_{target}" for target in fasticl._C.targets()[:-1]}
+    assert lesser <= {impl for impl, _ in impls}
+    assert fasticl._C.target() == fasticl._C.targets()[-1]  # forced during those calls only
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+def test_bytes_and_flops_count_what_is_stored(batch: int) -> None:
+    case = linear.linear_case(
+        "bitmap_linear", fasticl.ops.bitmap_linear, 48, 32, batch, "float32", [(0.5, "unstructured")]
+    )
+    found = {contender.impl: contender for contender in case.build()}
+    assert found["torch"].bytes == 4 * (48 * 32 + batch * 32 + batch * 48)
+    assert found["torch"].flops == 2 * 48 * 32 * batch
+    assert found["fasticl"].flops == found["torch"].flops // 2
+    packed = fasticl.pack(linear.pruned(48, 32, 0.5, "unstructured", "float32"), "bitmap")
+    assert found["fasticl"].bytes == packed.bytes_read + 4 * (batch * 32 + batch * 48)
+
+
+def test_plain_reading_gets_no_speedup(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_bandwidth, "ROWS", 8)
+    bench_bandwidth.buffer.cache_clear()
+    rows = common.measure(tiny(others=lambda x: [bench_bandwidth.read_only()]), HERE, **QUICK)
+    rows += common.measure(bench_bandwidth.cases(True)[0], HERE, **QUICK)
+    bench_bandwidth.buffer.cache_clear()
+    reads = [row for row in rows if row["impl"].startswith("read_only")]
+    assert len(reads) == 4
+    assert {(row["baseline"], row["speedup"]) for row in reads} == {("", "")}
+    assert all(
+        float(row["gbps"]) == pytest.approx(8 * 4096 * 4 / float(row["ms_p50"]) / 1e6, rel=1e-3) for row in reads
+    )
+
+
+def drop_one_weight(x: Tensor, packed: fasticl.PackedWeight) -> Tensor:
+    weight = packed.unpack()
+    n, k = weight.nonzero()[-1]
+    weight[n, k] = 0
+    return x @ weight.T
+
+
+def last_row_unwritten(x: Tensor, packed: fasticl.PackedWeight) -> Tensor:
+    y = x @ packed.unpack().T
+    y[..., -1] = float("nan")
+    return y
+
+
+def coarse(x: Tensor, packed: fasticl.PackedWeight) -> Tensor:
+    return (x.bfloat16() @ packed.unpack().bfloat16().T).float()
+
+
+@pytest.mark.parametrize("kernel", [drop_one_weight, last_row_unwritten, coarse])
+def test_wrong_kernel_is_not_timed(
+    kernel: Callable[..., Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(common.WrongResult, match=r"fasticl unstructured 0\.5: expected a relative error of at most"):
+        common.measure(tiny(kernel), HERE, **QUICK)
+    monkeypatch.setattr(run, "selected", lambda options: [tiny(kernel)])
+    out = tmp_path / "results.csv"
+    assert run.main(["--quick", "--threads", "1", "--out", str(out)]) == 1
+    assert not out.exists()
+    assert "WRONG, not timed" in capsys.readouterr().out
+
+
+def test_every_copy_is_checked() -> None:
+    contender = next(c for c in tiny().build() if c.impl == "fasticl")
+    broken = replace(contender, calls=[*contender.calls, lambda: contender.calls[0]() * 1.001])
+    case = replace(tiny(), build=lambda: [broken])
+    with pytest.raises(common.WrongResult):
+        common.measure(case, HERE, **QUICK)
+
+
+def test_cold_contenders_rotate_their_own_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "last_level_cache_bytes", lambda: 4 * 48 * 32 * 4)
+    cold = {f"{c.impl} {c.sparsity}": c for c in tiny(cache="cold").build()}
+    assert len(cold["torch 0.0"].calls) == 5  # 1.25 times the cache
+    assert len(cold["fasticl 0.5"].calls) > 5
+    assert len(cold["fasticl 0.9"].calls) > len(cold["fasticl 0.5"].calls)
+    packed = [call.args[-1].values.data_ptr() for call in cold["fasticl 0.5"].calls]
+    assert len(set(packed)) == len(packed)
+    assert all(len(c.calls) == 1 for c in tiny(cache="hot").build())
+
+
+def test_dense_torch_and_numpy_alone_are_best_dense() -> None:
+    case = linear.linear_case("bitmap_linear", fasticl.ops.bitmap_linear, 48, 32, 16, "float32", [])
+    assert {c.impl for c in case.build() if c.dense} == {"torch", "numpy"}
+    half = linear.linear_case("bitmap_linear", fasticl.ops.bitmap_linear, 48, 32, 16, "bfloat16", [])
+    assert {c.impl for c in half.build()} == {"torch"}
+
+
+def test_onnxruntime_computes_the_same() -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    x, weight = torch.randn(16, 32), torch.randn(48, 32)
+    matmul = linear.onnxruntime_matmul(weight)
+    assert matmul is not None
+    torch.testing.assert_close(torch.from_numpy(matmul(x.numpy())), x @ weight.T)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "8:16"])
+def test_pruned_keeps_n_of_m(pattern: str) -> None:
+    n, m = map(int, pattern.split(":"))
+    weight = linear.pruned(16, 32, 0.5, pattern, "float32")
+    assert torch.count_nonzero(weight.view(-1, m), dim=1).eq(n).all()
+
+
+def test_pruned_sparsity_is_exact() -> None:
+    assert torch.count_nonzero(linear.pruned(50, 40, 0.95, "unstructured", "float32")) == 100
+    assert linear.pruned(50, 40, 0.2, "neuron", "float32").shape == (40, 40)
+
+
+def test_nm_case() -> None:
+    kept = [(0.5, pattern) for pattern in ("2:4", "4:8", "8:16")]
+    check_rows(
+        common.measure(
+            linear.linear_case("nm_linear", fasticl.ops.nm_linear, 16, 32, 1, "float32", kept), HERE, **QUICK
+        )
+    )
+
+
+def test_sliced_case() -> None:
+    case = linear.linear_case("sliced_linear", fasticl.ops.sliced_linear, 48, 64, 1, "float32", [(0.9, "unstructured")])
+    check_rows(common.measure(case, HERE, **QUICK))
+
+
+@pytest.mark.parametrize("mlp", [(48, 32, "gelu_tanh", False), (48, 32, "silu", True)], ids=["gelu", "gated"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_mlp_case(mlp: tuple[int, int, str, bool], dtype: str) -> None:
+    case = bench_fused_mlp.mlp_case(*mlp, 2, dtype, (0.5,), "sweep")
+    rows = common.measure(case, HERE, **QUICK)
+    check_rows(rows)
+    assert {row["pattern"] for row in rows if row["impl"] == "fasticl"} == {"neuron", "unstructured"}
+
+
+def test_attention_case() -> None:
+    case = bench_attention_mlp.attention_case((3, 5, 16, 8), "float32", "sweep", compiled=False)
+    check_rows(common.measure(case, HERE, **QUICK))
+
+
+@pytest.mark.parametrize("step", [bench_model.prefill, bench_model.decode])
+def test_model_case(step: Callable[..., Callable[[], Tensor]]) -> None:
+    pytest.importorskip("transformers")
+    sizes = {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 64, "n_positions": 256}
+    with torch.no_grad():
+        rows = common.measure(bench_model.model_case("tiny", step, 1, **sizes), HERE, **QUICK)
+    check_rows(rows)
+    assert {row["impl"] for row in rows} == {"torch", "masked", "fasticl", "fasticl+head"}
+
+
+def test_model_bytes_count_packed_layers() -> None:
+    layer = torch.nn.Linear(64, 48)
+    fasticl.sparsify_(layer, fasticl.Magnitude(0.5))
+    packed = fasticl.pack(layer.weight, "bitmap")
+    assert bench_model.weight_bytes(layer) == 4 * (48 * 64 + 48)
+    assert bench_model.nonzeros(layer) == 48 * 64 // 2
+    assert bench_model.weight_bytes(fasticl.nn.SparseLinear.from_linear(layer, "bitmap")) == packed.bytes + 4 * 48
+
+
+def test_all_cases_are_distinct_and_cover_every_op() -> None:
+    for arguments in ([], ["--quick"]):
+        cases = run.selected(run.parse(arguments))
+        assert {case.op for case in cases} == set(run.OPS) - ({"model"} if arguments else set())
+        tiers = [case.tier for case in cases]
+        assert tiers == sorted(tiers)  # headline first
+    assert {case.op for case in run.selected(run.parse(["--op", "nm_linear"]))} == {"nm_linear"}
+    assert {case.dtype for case in run.selected(run.parse(["--dtype", "bfloat16"]))} == {"bfloat16"}
+
+
+def test_a_case_that_is_listed_twice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import bench_nm_linear
+
+    monkeypatch.setattr(bench_nm_linear, "cases", lambda quick: [tiny(), tiny()])
+    with pytest.raises(ValueError, match="expected each of them once"):
+        run.selected(run.parse(["--op", "nm_linear"]))
+
+
+def test_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    other = replace(tiny(), shape="other")
+    monkeypatch.setattr(run, "selected", lambda options: [tiny(), other])
+    arguments = ["--quick", "--threads", "1", "--out", str(tmp_path / "results.csv")]
+    assert run.main(arguments) == 0
+    first = common.read_rows(tmp_path / "results.csv")
+    assert {row["shape"] for row in first} == {"48x32", "other"}
+    assert run.main(arguments) == 0
+    assert capsys.readouterr().out.count("already measured") == 2
+    assert common.read_rows(tmp_path / "results.csv") == first
+    assert run.main([*arguments, "--force"]) == 0
+    assert len(common.read_rows(tmp_path / "results.csv")) == len(first)
+
+
+def test_other_sources_are_measured_again(tmp_path: Path) -> None:
+    results = common.Results(tmp_path / "results.csv")
+    results.put(common.measure(tiny(), HERE, **QUICK))
+    results = common.Results(tmp_path / "results.csv")
+    assert results.has(tiny(), HERE)
+    assert not results.has(tiny(), replace(HERE, git="def"))
+    assert not results.has(tiny(), replace(HERE, threads=2))
+    assert not results.has(replace(tiny(), batch=3), HERE)
+
+
+def test_a_file_with_other_columns_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "results.csv").write_text("op,impl\na,b\n")
+    with pytest.raises(ValueError, match=r"expected columns op,impl,device.*got op,impl"):
+        common.Results(tmp_path / "results.csv")
+
+
+def test_source_version_names_commit_and_changes(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        return subprocess.run(
+            ("git", "-C", str(tmp_path), *who, *arguments), check=True, capture_output=True, text=True
+        ).stdout
+
+    assert environment.source_version(tmp_path) == ""
+    (tmp_path / "setup.py").write_text("1")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    commit = git("rev-parse", "--short=10", "HEAD").strip()
+    assert environment.source_version(tmp_path) == commit
+    (tmp_path / "notes.txt").write_text("not a source")
+    assert environment.source_version(tmp_path) == commit
+    versions = {commit}
+    for text in ("2", "3"):
+        (tmp_path / "setup.py").write_text(text)
+        versions.add(environment.source_version(tmp_path))
+    assert len(versions) == 3
+    assert all(version.startswith(commit) for version in versions)
+
+
+def test_cpu_slug_is_a_file_name() -> None:
+    slug = environment.cpu_slug(2)
+    assert slug.endswith("-2threads")
+    assert set(slug) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
+
+
+def row(op: str, impl: str, speedup: float, **columns: object) -> dict[str, str]:
+    """A row as ``measure`` writes it, its dense baseline taking 2 ms and reading 64e6 bytes."""
+    ms = 2 / speedup
+    density = 1 - float(str(columns.get("sparsity", 0)))
+    made = {
+        "op": op, "impl": impl, "device": "cpu", "dtype": "float32", "shape": "4096x4096", "sparsity": "0",
+        "pattern": "unstructured" if density < 1 else "dense", "batch": "1", "ms_p50": f"{ms}", "ms_p20": f"{ms}",
+        "ms_p80": f"{ms}", "gbps": f"{64 * (density + (density < 1) / 32) / ms}", "tflops": "1", "rel_err": "1e-7",
+        "baseline": "torch", "speedup": f"{speedup}", "torch": "2.0", "triton": "", "fasticl": "0.1", "git": "abc",
+        "utc": "2000-01-01T00:00:00Z", "threads": "2", "cache": "hot",
+    }  # fmt: skip
+    return made | {column: str(value) for column, value in columns.items()}
+
+
+@pytest.fixture
+def rows() -> list[dict[str, str]]:
+    made = []
+    for op in ("bitmap_linear", "sliced_linear", "fused_mlp"):
+        for batch in (1, 16):
+            for impl in ("torch", "onnxruntime"):
+                made.append(row(op, impl, 1.0 if impl == "torch" else 1.2, batch=batch))
+            for sparsity in (0.5, 0.8, 0.9):
+                made.append(row(op, "fasticl", 1 / (1.1 - sparsity), batch=batch, sparsity=sparsity))
+    made.append(row("bitmap_linear", "read_only", 1, pattern="none", gbps=32))
+    made += [row("nm_linear", "torch", 1), row("nm_linear", "fasticl", 1.7, sparsity=0.5, pattern="2:4")]
+    shape = "L512-d64-m256"
+    for impl, speedup in (("torch", 0.5), ("torch_compile", 1), ("fasticl", 1.9)):
+        made.append(row("attention_mlp", impl, speedup, batch=64, shape=shape, baseline="torch_compile"))
+    for impl, sparsity, speedup in (
+        ("torch", 0, 1),
+        ("masked", 0.5, 1),
+        ("fasticl", 0.5, 1.7),
+        ("fasticl+head", 0.5, 2),
+    ):
+        made.append(row("model", impl, speedup, sparsity=sparsity, shape="gpt2-124M-decode"))
+    return made
+
+
+def test_figures(rows: list[dict[str, str]], tmp_path: Path) -> None:
+    results = common.Results(tmp_path / "cpu.csv")
+    results.put(rows)
+    assert plot.main([str(tmp_path / "cpu.csv")]) == 0
+    drawn = {path.name for path in tmp_path.glob("*.png") if path.stat().st_size > 10_000}
+    assert drawn == {
+        *(f"cpu-{op}-sparsity.png" for op in ("bitmap_linear", "sliced_linear", "fused_mlp")),
+        *(f"cpu-{op}-batch.png" for op in ("bitmap_linear", "sliced_linear", "fused_mlp", "nm_linear")),
+        "cpu-attention_mlp.png",
+        "cpu-model.png",
+    }
+
+
+def test_readme_tables(rows: list[dict[str, str]], tmp_path: Path) -> None:
+    common.Results(tmp_path / "cpu.csv").put(rows)
+    readme = tmp_path / "README.md"
+    names = ("headline", "bandwidth", "bitmap_linear", "attention_mlp", "model")
+    readme.write_text("# Title\n" + "".join(f"<!-- table:{name} -->\nold\n<!-- end -->\ntext\n" for name in names))
+    arguments = [str(tmp_path / "cpu.csv"), "--readme", str(readme)]
+    assert plot.main(arguments) == 0
+    text = readme.read_text()
+    assert "old" not in text
+    assert text.startswith("# Title\n<!-- table:headline -->\n| case |")
+    assert text.endswith("<!-- end -->\ntext\n")
+    assert text.count("From `cpu.csv`: threads 2, torch 2.0, fasticl 0.1, git abc.") == len(names)
+    assert "| 4096x4096, batch 1, float32, hot | 2 ms (torch) | 1.20× | 1.67× | 3.33× | 5.00× |" in text
+    assert plot.main(arguments) == 0
+    assert readme.read_text() == text
+
+
+def test_headline_compares_with_the_goals(rows: list[dict[str, str]]) -> None:
+    lines = {line.split(" | ")[0].lstrip("| "): line for line in tables.headline_table(rows).splitlines()}
+    bitmap = "`bitmap_linear` 4096×4096, batch 1, float32, 50 / 80 %"
+    assert lines[bitmap].endswith("| 1.67 / 3.33× | 1.6 / 3.4× | no |")
+    assert lines["`sliced_linear` 4096×4096, batch 1, float32, 90 %"].endswith("| 5.00× | 5.5× | no |")
+    assert lines["`attention_mlp` B=64, L=512, d=64, m=256, against eager"].endswith("| 3.80× | 3.5× | yes |")
+    assert lines["the same, against `torch.compile`"].endswith("| 1.90× | 2× | no |")
+    assert lines["3072×768, batch 64, float32, 50 / 80 / 90 %"].endswith("| not measured | 2 / 4 / 7× | no |")
+
+
+def test_roofline_is_the_bandwidth_of_the_same_case(rows: list[dict[str, str]]) -> None:
+    shares = {r["sparsity"]: float(r["gbps"]) / roofline for r, roofline in tables.rooflines(rows, "bitmap_linear")}
+    assert set(shares) == {"0.5", "0.8", "0.9"}
+    assert shares["0.5"] == pytest.approx((0.5 + 1 / 32) / (1.1 - 0.5))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no tables here", "expected `<!-- table:NAME -->` lines"),
+        ("<!-- table:headline -->\n<!-- table:model -->\n<!-- end -->\n", "got 2 and 1"),
+        ("<!-- table:fast -->\n<!-- end -->\n", "table fast: expected rows"),
+    ],
+    ids=["no markers", "not closed", "unknown"],
+)
+def test_bad_readme_is_left_alone(rows: list[dict[str, str]], tmp_path: Path, text: str, message: str) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        tables.fill(readme, rows, "cpu.csv")
+    assert readme.read_text() == text

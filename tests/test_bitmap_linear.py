@@ -1,0 +1,53 @@
+"""bitmap_linear: what all linear ops must do (linear_cases.py), and what is its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from linear_cases import LinearCases, Op, kernel_edge
+from torch import Tensor
+from torch.nn import functional as F
+
+import fasticl
+from fasticl import _C, PackedWeight
+
+
+class TestBitmapLinear(LinearCases):
+    @pytest.fixture
+    def op(self) -> Op:
+        return Op("bitmap_linear", "bitmap")
+
+    def operator_arguments(self, packed: PackedWeight) -> tuple[Tensor, ...]:
+        return packed.values, packed.bitmask, packed.row_offsets
+
+    def call_kernel(
+        self, x: Tensor, packed: PackedWeight, bias: Tensor | None, activation: str | None, y: Tensor
+    ) -> None:
+        before, after = kernel_edge(x, y, bias, activation)
+        _C.bitmap_linear(*before, *(t.data_ptr() for t in self.operator_arguments(packed)), *packed.shape, *after)
+
+
+@pytest.mark.parametrize("format", ["sliced", "nm"])
+def test_takes_the_portable_form_of_other_formats(isa: str, format: str) -> None:
+    weight = Op("nm_linear", "nm", "2:4").weight(20, 64)
+    other, bitmap = fasticl.pack(weight, format), fasticl.pack(weight, "bitmap")
+    for M in (1, 20):
+        x = torch.randn(M, 64)
+        torch.testing.assert_close(fasticl.ops.bitmap_linear(x, other), fasticl.ops.bitmap_linear(x, bitmap))
+
+
+def test_infinite_x_where_nothing_is_stored(isa: str) -> None:
+    """With many tokens it is skipped; with few it is multiplied by zero, as by the dense layer."""
+    weight = torch.randn(30, 64)
+    weight[:, 5] = 0
+    packed = fasticl.pack(weight, "bitmap")
+    for M in (1, 4, 33, 64):
+        x = torch.randn(M, 64)
+        skipped = fasticl.ops.bitmap_linear(x.index_fill(1, torch.tensor(5), 0.0), packed)
+        x[:, 5] = float("inf")
+        result = fasticl.ops.bitmap_linear(x, packed)
+        if M <= 4:
+            assert F.linear(x, weight).isnan().all()
+            assert result.isnan().all()
+        else:
+            assert torch.equal(result, skipped)
