@@ -3,6 +3,7 @@
 
 namespace fasticl {
 
+void bind_attention_mlp(py::module_&);
 void bind_bitmap_linear(py::module_&);
 void bind_nm_linear(py::module_&);
 void bind_sliced_linear(py::module_&);
@@ -70,6 +71,7 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("openmp") = false;
 #endif
+  bind_attention_mlp(m);
   bind_bitmap_linear(m);
   bind_nm_linear(m);
   bind_sliced_linear(m);

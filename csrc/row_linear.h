@@ -13,7 +13,8 @@ constexpr int kMaxTokens = 8;  // accumulators of the first loop: 2 * tokens of 
 constexpr int kMaxTokens = 4;
 #endif
 constexpr int64_t kWord = 64;          // columns in one step of the first loop
-constexpr int64_t kRowBlock = 64;      // rows whose column lists are decoded together
+constexpr int64_t kRowBlock = 128;     // rows that share a tile of x^T while it is in L1
+constexpr int64_t kRowsAhead = 4;      // rows whose values are fetched ahead
 constexpr int64_t kTokenBlock = 512;   // tokens whose x^T is packed together
 constexpr int64_t kTileBytes = 32768;  // of x^T: leaves a third of a 48 KiB L1 to values, lists and sums
 static_assert(kTileBytes <= 65536, "column lists hold 16-bit byte offsets into a tile");
@@ -234,35 +235,36 @@ FASTICL_INLINE const float* widen_values(const T* p, int64_t count, float* wide)
   return wide;
 }
 
-// y[j] += sum_i values[i] * xt[offsets[i] / 4 + j] for 16V tokens j.
+// y[j] += sum_i values[i] * xt[offsets[i] / 4 + j] for 16V tokens j. `offsets` has room for one more entry, a valid
+// one.
 template <int V>
 FASTICL_INLINE void add_row(const uint16_t* offsets, const float* values, int count, const float* xt, float* y,
                             bool first) {
-  constexpr int D = V >= 4 ? 2 : 4;  // independent chains, to hide the latency of the multiply-add
-  Vec acc[D][V];
-  for (int d = 0; d < D; d++)
-    for (int v = 0; v < V; v++) acc[d][v] = d || first ? zero() : load(y + v * kLanes);
+  Vec even[V], odd[V];  // two independent chains, to hide the latency of the multiply-add
+  for (int v = 0; v < V; v++) {
+    even[v] = first ? zero() : load(y + v * kLanes);
+    odd[v] = zero();
+  }
   const char* base = reinterpret_cast<const char*>(xt);
   int i = 0;
-  for (; i + D <= count; i += D)
-    for (int d = 0; d < D; d++) {
-      const float* column = reinterpret_cast<const float*>(base + offsets[i + d]);
-      const Vec value = set1(values[i + d]);
-      for (int v = 0; v < V; v++) acc[d][v] = fma(value, load(column + v * kLanes), acc[d][v]);
-    }
-  for (; i < count; i++) {
-    const float* column = reinterpret_cast<const float*>(base + offsets[i]);
-    const Vec value = set1(values[i]);
-    for (int v = 0; v < V; v++) acc[0][v] = fma(value, load(column + v * kLanes), acc[0][v]);
+  for (; i + 2 <= count; i += 2) {
+    uint32_t pair;  // one load for two offsets: loads are what bounds this loop
+    __builtin_memcpy(&pair, offsets + i, 4);
+    const float* a = reinterpret_cast<const float*>(base + (pair & 0xffff));
+    const float* b = reinterpret_cast<const float*>(base + (pair >> 16));
+    const Vec va = set1(values[i]), vb = set1(values[i + 1]);
+    for (int v = 0; v < V; v++) even[v] = fma(va, load(a + v * kLanes), even[v]);
+    for (int v = 0; v < V; v++) odd[v] = fma(vb, load(b + v * kLanes), odd[v]);
   }
-  for (int v = 0; v < V; v++) {
-    Vec s = acc[0][v];
-    for (int d = 1; d < D; d++) s = s + acc[d][v];
-    store(y + v * kLanes, s);
+  if (count & 1) {
+    const float* a = reinterpret_cast<const float*>(base + offsets[i]);
+    const Vec va = set1(values[i]);
+    for (int v = 0; v < V; v++) even[v] = fma(va, load(a + v * kLanes), even[v]);
   }
+  for (int v = 0; v < V; v++) store(y + v * kLanes, even[v] + odd[v]);
 }
 
-// Rows [r0, r1) of the block against all panels; sums [panels][kRowBlock][16V].
+// A block of rows against all panels of x^T.
 template <class T, int V>
 struct ManyTokens {
   static constexpr int64_t L = V * kLanes;                                // tokens in a panel
@@ -274,38 +276,66 @@ struct ManyTokens {
   float wide[kIsFloat<T> ? 1 : kRowBlock * kList];
   const float* values[kRowBlock];
   int counts[kRowBlock];
+  uint16_t order[kRowBlock];
   const T* next[kRowBlock];
 
+  // Rows [r0, r1), at most kRowBlock; sums [panels][kRowBlock][L].
   void block(const LinearParams& p, int64_t r0, int64_t r1, const float* xt, int64_t padded, int64_t panels,
              int64_t first_token, float* sums, T* spare) {
     const RowWeight& w = p.weight;
-    const int64_t bytes = w.mask_stride();
-    for (int64_t r = r0; r < r1; r++) next[r - r0] = row_values(w, r, spare + (r - r0) * (w.K + 2 * kLanes));
+    const int64_t bytes = w.mask_stride(), rows = r1 - r0;
+    for (int64_t r = 0; r < rows; r++) next[r] = row_values(w, r0 + r, spare + r * (w.K + 2 * kLanes));
+    // Cache lines of a row's values in one tile, on average: too few for the hardware to see them coming.
+    const int64_t stored =
+        (w.row_start(r1) - w.row_start(r0)) * std::min(kTile, w.K) / std::max<int64_t>(1, w.K * rows);
+    const int64_t lines = stored * static_cast<int64_t>(sizeof(T)) / 64 + 1;
     for (int64_t k0 = 0; k0 < w.K; k0 += kTile) {
-      for (int64_t r = r0; r < r1; r++) {
-        uint16_t* list = offsets + (r - r0) * kList;
-        int count = 0;
-        for (int64_t k = k0; k < k0 + kTile && k < w.K; k += kWord) {
-          const uint64_t m = mask_word(w.bitmask + r * bytes, k / kWord, bytes);
-          const uint16_t base = static_cast<uint16_t>((k - k0) * L * 4);
-          count += append_set_bits(static_cast<uint32_t>(m), base, L * 4, list + count);
-          count += append_set_bits(static_cast<uint32_t>(m >> 32), static_cast<uint16_t>(base + 32 * L * 4), L * 4,
-                                   list + count);
-        }
-        counts[r - r0] = count;
-        // A row's values of one tile are a strip of a few lines, too short for the hardware to see it coming: fetch the
-        // next tile's, expected to be as long, while this one is computed (and the first one itself).
-        const int64_t strip = count * static_cast<int64_t>(sizeof(T));
-        prefetch(next[r - r0], k0 ? strip : 0, (k0 ? 1 : 2) * strip / 64 + 1);
-        values[r - r0] = widen_values(next[r - r0], count, wide + (kIsFloat<T> ? 0 : (r - r0) * kList));
-        next[r - r0] += count;
+      sort_by_count(w, r0, rows, k0, bytes);
+      for (int64_t i = 0; i < rows; i++) {
+        if (i + kRowsAhead < rows) prefetch(next[order[i + kRowsAhead]], 0, lines);
+        const int64_t r = order[i];
+        decode(w, r0 + r, k0, bytes, r);
+        add_row<V>(offsets + r * kList, values[r], counts[r], xt + k0 * L, sums + r * L, k0 == 0);
       }
-      for (int64_t q = 0; q < panels; q++)
-        for (int64_t r = 0; r < r1 - r0; r++)
+      for (int64_t q = 1; q < panels; q++)
+        for (int64_t i = 0; i < rows; i++) {
+          const int64_t r = order[i];
           add_row<V>(offsets + r * kList, values[r], counts[r], xt + q * padded * L + k0 * L,
                      sums + (q * kRowBlock + r) * L, k0 == 0);
+        }
     }
     finish(p, r0, r1, panels, first_token, sums);
+  }
+
+  // Counts the stored values of each row in the tile from k0 on, and orders the rows by them, so that the loops over a
+  // row's values end where the processor predicts: a mispredicted end costs as much as seven values.
+  FASTICL_INLINE void sort_by_count(const RowWeight& w, int64_t r0, int64_t rows, int64_t k0, int64_t bytes) {
+    uint16_t first[kTile + 2] = {};
+    for (int64_t r = 0; r < rows; r++) {
+      int count = 0;
+      for (int64_t k = k0; k < k0 + kTile && k < w.K; k += kWord)
+        count += __builtin_popcountll(mask_word(w.bitmask + (r0 + r) * bytes, k / kWord, bytes));
+      counts[r] = count;
+      first[count + 1]++;
+    }
+    for (int64_t c = 0; c <= kTile; c++) first[c + 1] = static_cast<uint16_t>(first[c + 1] + first[c]);
+    for (int64_t r = 0; r < rows; r++) order[first[counts[r]]++] = static_cast<uint16_t>(r);
+  }
+
+  // The stored columns of row `row` in the tile from k0 on, as byte offsets into the tile of x^T, and their values.
+  FASTICL_INLINE void decode(const RowWeight& w, int64_t row, int64_t k0, int64_t bytes, int64_t r) {
+    uint16_t* list = offsets + r * kList;
+    const uint8_t* mask = w.bitmask + row * bytes;
+    int count = 0;
+    for (int64_t k = k0; k < k0 + kTile && k < w.K; k += kWord) {
+      const uint64_t m = mask_word(mask, k / kWord, bytes);
+      const uint16_t base = static_cast<uint16_t>((k - k0) * L * 4);
+      count += append_set_bits(static_cast<uint32_t>(m), base, L * 4, list + count);
+      count += append_set_bits(static_cast<uint32_t>(m >> 32), static_cast<uint16_t>(base + 32 * L * 4), L * 4,
+                               list + count);
+    }
+    values[r] = widen_values(next[r], count, wide + (kIsFloat<T> ? 0 : r * kList));
+    next[r] += count;
   }
 
   void finish(const LinearParams& p, int64_t r0, int64_t r1, int64_t panels, int64_t first_token, const float* sums) {

@@ -31,7 +31,7 @@ TOKENS = (1, 128)  # decoding one sequence, and a prompt
 MIN_SPARSITY = 0.05  # below it no format is smaller than the dense weight by more than its bitmask
 PACKED_LAYERS = 8  # of one kind, at most, are packed to be timed
 COLD_BYTES = 3 << 27  # of dense weights are read in turn: more than the last-level cache of nearly every CPU
-MAX_COPIES = 1024
+MAX_COPIES = 256  # of small layers: each is called once before timing begins
 SECONDS = 0.08  # of timing for each contender and number of tokens
 
 Replacements = dict[nn.Module, nn.Module]
@@ -216,8 +216,8 @@ class _Clock:
         generator = torch.Generator().manual_seed(0)
         for m in self.tokens:
             x = torch.randn(m, weight.shape[1], generator=generator).to(weight)
-            some = max(PACKED_LAYERS, copies // m)  # m tokens share the reading of a weight
-            calls = {name: [partial(layer, x) for layer in all_[:some]] for name, all_ in layers.items()}
+            count = max(PACKED_LAYERS, copies // m)  # m tokens share the reading of a weight
+            calls = {name: [partial(layer, x) for layer in those[:count]] for name, those in layers.items()}
             synchronize = torch.cuda.synchronize if x.is_cuda else None
             with torch.inference_mode():
                 timings = interleaved(calls, seconds=SECONDS * len(calls), synchronize=synchronize)

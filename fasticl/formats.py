@@ -258,10 +258,10 @@ def pack(weight: Tensor, format: str = "auto", *, pattern: str | None = None) ->
             raise ValueError(f"weight: expected one of the patterns {', '.join(PATTERNS)}, got none of them")
         keep = _complete_groups(keep, pattern)
     N, K = weight.shape
-    values = weight.masked_select(keep)
+    values = _select(weight, keep)
     bitmask = _pack_bits(keep)
     row_offsets = torch.zeros(N + 1, dtype=torch.int64, device=weight.device)
-    torch.cumsum(keep.sum(1), 0, out=row_offsets[1:])
+    torch.cumsum(count_bits(bitmask), 0, out=row_offsets[1:])
     sliced = _slice(values, bitmask, row_offsets, K) if format == "sliced" else None
     return PackedWeight(format, (N, K), values, bitmask, row_offsets, pattern=pattern, sliced=sliced)
 
@@ -313,6 +313,14 @@ def _pack_bits(keep: Tensor) -> Tensor:
     return (padded << torch.arange(8, dtype=torch.uint8, device=keep.device)).sum(-1, dtype=torch.uint8)
 
 
+def _select(weight: Tensor, keep: Tensor) -> Tensor:
+    if weight.device.type != "cpu":
+        return weight.masked_select(keep)
+    # A third of masked_select's time. As integers: numpy has no bfloat16.
+    integers = weight.view(_INTEGERS[weight.dtype]).numpy()
+    return torch.from_numpy(np.compress(keep.numpy().ravel(), integers.ravel())).view(weight.dtype)
+
+
 def _nm(pattern: str) -> tuple[int, int]:
     n, m = pattern.split(":")
     return int(n), int(m)
@@ -348,7 +356,7 @@ def _complete_groups(keep: Tensor, pattern: str) -> Tensor:
 
 def _choose(keep: Tensor) -> str:
     N, K = keep.shape
-    stored, total = int(keep.sum()), N * K
+    stored, total = int(keep.count_nonzero()), N * K
     rest = int(keep.any(1).sum()) * int(keep.any(0).sum())
     if (rest < total or total == 0) and stored >= COMPACT_MIN_FILL * rest:
         return "compact"

@@ -51,3 +51,17 @@ def test_infinite_x_where_nothing_is_stored(isa: str) -> None:
             assert result.isnan().all()
         else:
             assert torch.equal(result, skipped)
+
+
+def test_inductor_calls_the_kernel() -> None:
+    weight, bias = torch.randn(24, 40).masked_fill(torch.rand(24, 40) < 0.5, 0.0), torch.randn(24)
+    packed = fasticl.pack(weight, "bitmap")
+
+    def function(x: Tensor) -> Tensor:
+        return fasticl.ops.bitmap_linear(x, packed, bias, "gelu")
+
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True)
+    for M in (3, 20):
+        x = torch.randn(M, 40)
+        assert torch.equal(compiled(x), function(x))

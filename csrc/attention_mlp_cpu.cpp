@@ -1,0 +1,285 @@
+// attention_mlp on the CPU: F_b = a^T ReLU(W c_b), c_b = sum_i p_i softmax_i(p_i^T A q_b), each prompt read once.
+//
+// Three phases with a barrier between them, each cut into equal pieces over the threads:
+//   keys       A q_b for all prompts: a product in panels of up to 64 prompts, prompts in lanes
+//   attention  online softmax over chunks of prompts; a long prompt is several chunks, merged in order afterwards
+//   neurons    ReLU(W c_b) in the same panels, summed with a at once: hidden activations never leave L1
+// Where pieces are cut depends on sizes and lengths alone, so results do not depend on the number of threads.
+#ifdef FASTICL_TARGET
+
+#include "activation.h"
+#include "rows.h"
+#include "panel_product.h"
+
+namespace {
+
+constexpr int64_t kBlockFloats = 4096;  // of prompt rows in one step of the softmax: 16 KB, a third of L1
+constexpr int64_t kMaxBlock = 128;      // rows in such a step
+
+// e^a for a <= 0, and 0 below -87. Without the bound exp meets denormals on its way to 0, 150 cycles each.
+FASTICL_INLINE Vec decay(Vec a) {
+  const Vec lowest = set1(-87.0f);
+  return where_less(a, lowest, zero(), exp(max(lowest, a)));
+}
+
+// Online softmax over the n rows of a chunk: acc = sum_i p_i e^(s_i - max), s_i = p_i . key; behind acc's d values,
+// rounded up to vectors, come max and total = sum_i e^(s_i - max). x and wide hold the key, spread, and a block of
+// rows.
+template <class T>
+void attend(const T* p, int64_t stride, int64_t n, int64_t d, const float* key, float* acc, float* x, float* wide) {
+  const int64_t padded = round_up(d, kLanes);
+  const int64_t fit = least(kBlockFloats / padded, kMaxBlock);
+  const int64_t block = fit < kDotRows ? kDotRows : fit / kDotRows * kDotRows;
+  float highest = -3.4028235e38f;  // finite: e^(-inf - highest) is then 0, not NaN
+  Vec total = zero();
+  float weight[kMaxBlock];
+  for (int64_t k = 0; k < padded; k += kLanes) store(acc + k, zero());
+  for (int64_t i = 0; i < n; i += block) {
+    const int64_t count = least(block, n - i);
+    const Rows r = rows_of(p + i * stride, stride, count, d, wide);
+    if (i == 0) spread(r, key, x);
+    Vec top = set1(highest);
+    for (int64_t j = 0; j < count; j += kLanes) {
+      const Vec s =
+          where_less(lanes(), set1(static_cast<float>(count - j)), dot_rows(r, j, count, x), set1(-__builtin_inff()));
+      store(weight + j, s);
+      top = max(s, top);  // passes over NaN, which reaches the sums through exp
+    }
+    const float before = highest;
+    highest = max_lane(top);
+    const Vec scale = decay(set1(before - highest));
+    total = total * scale;
+    for (int64_t j = 0; j < count; j += kLanes) {
+      const Vec e = decay(load(weight + j) - set1(highest));
+      store(weight + j, e);
+      total = total + e;
+    }
+    add_rows(r, count, weight, scale, acc);
+    if (i + block >= n) gather(r, acc);
+  }
+  store(acc + padded, total);
+  acc[padded + kLanes] = highest;
+}
+
+// ---- the phases --------------------------------------------------------------------------------------------
+
+struct Work {
+  float* keys;            // [B, padded]
+  float* states;          // [chunks, state]: acc, total, max
+  float* outputs;         // [neuron units, B]: what each unit's neurons add to F
+  const int64_t* chunks;  // [B + 1]: the first chunk of each prompt
+  int64_t chunk_rows;
+  int64_t rows;    // of all prompts together
+  int64_t padded;  // d, rounded up to whole vectors
+  int64_t state;   // floats: padded, and two vectors more
+};
+
+// A q_b in the units [begin, end): 32 rows of A for one panel, panels in the outer order.
+template <class T>
+void make_keys(const AttentionParams& p, const Work& w, PanelScratch& scratch, int64_t begin, int64_t end) {
+  const int64_t units = ceil_div(p.d, kUnit);
+  Panel panel{};
+  for (int64_t u = begin; u < end; u++) {
+    if (u == begin || u % units == 0) {
+      const int64_t first = u / units * kPanel;
+      panel = make_panel(static_cast<const T*>(p.query) + first * p.query_stride, p.query_stride, first,
+                         least(kPanel, p.B - first), p.d, scratch);
+    }
+    const int64_t row = u % units * kUnit, n = least(kUnit, p.d - row), L = panel.V * kLanes;
+    const float* sums = multiply(static_cast<const T*>(p.A) + row * p.A_stride, p.A_stride, n, p.d, panel, scratch);
+    for (int64_t i = 0; i < n; i += kLanes)
+      for (int64_t v = 0; v < panel.V; v++) {
+        Vec r[kLanes];
+        for (int64_t j = 0; j < kLanes; j++) r[j] = i + j < n ? load(sums + (i + j) * L + v * kLanes) : zero();
+        transpose16(r);
+        for (int64_t j = 0; j < kLanes && v * kLanes + j < panel.count; j++)
+          store(w.keys + (panel.first + v * kLanes + j) * w.padded + row + i, r[j]);
+      }
+  }
+}
+
+// The chunks whose middle row falls into share t of T_.
+template <class T>
+void attend_share(const AttentionParams& p, const Work& w, int64_t t, int64_t T_) {
+  static thread_local Scratch scratch;
+  float* x = scratch.get<float>(static_cast<size_t>(w.padded * (kDotRows + 1) + kBlockFloats));
+  int64_t before = 0;
+  for (int64_t b = 0; b < p.B; b++) {
+    const int64_t length = p.lengths ? p.lengths[b] : p.L;
+    for (int64_t i = 0, c = w.chunks[b]; i < length; i += w.chunk_rows, c++) {
+      const int64_t n = least(w.chunk_rows, length - i), middle = before + i + n / 2;
+      if (middle * T_ < w.rows * t || middle * T_ >= w.rows * (t + 1)) continue;
+      attend(static_cast<const T*>(p.context) + b * p.prompt_stride + i * p.row_stride, p.row_stride, n, p.d,
+             w.keys + b * w.padded, w.states + c * w.state, x, x + w.padded);
+    }
+    before += length;
+  }
+}
+
+// c_b from the states of its chunks.
+inline void merge_chunks(const Work& w, int64_t b, float* out) {
+  const int64_t chunks = w.chunks[b + 1] - w.chunks[b], max_at = w.padded + kLanes;
+  const float* states = w.states + w.chunks[b] * w.state;
+  float highest = states[max_at];
+  for (int64_t c = 1; c < chunks; c++)
+    if (states[c * w.state + max_at] > highest) highest = states[c * w.state + max_at];
+  Vec total = zero();
+  for (int64_t c = 0; c < chunks; c++) {
+    const float* s = states + c * w.state;
+    const Vec scale = chunks > 1 ? decay(set1(s[max_at] - highest)) : set1(1.0f);
+    total = fma(load(s + w.padded), scale, total);
+    for (int64_t k = 0; k < w.padded; k += kLanes) store(out + k, fma(load(s + k), scale, c ? load(out + k) : zero()));
+  }
+  const Vec all = set1(sum(total));
+  for (int64_t k = 0; k < w.padded; k += kLanes) store(out + k, load(out + k) / all);
+}
+
+// What the neurons of the units [begin, end), 32 rows of W for one panel, add to F.
+template <class T>
+void sum_neurons(const AttentionParams& p, const Work& w, PanelScratch& scratch, int64_t begin, int64_t end) {
+  static thread_local Scratch contexts_scratch;
+  float* contexts = contexts_scratch.get<float>(static_cast<size_t>(kPanel * w.padded));
+  const int64_t units = ceil_div(p.m, kUnit);
+  Panel panel{};
+  for (int64_t u = begin; u < end; u++) {
+    if (u == begin || u % units == 0) {
+      const int64_t first = u / units * kPanel, count = least(kPanel, p.B - first);
+      for (int64_t j = 0; j < count; j++) merge_chunks(w, first + j, contexts + j * w.padded);
+      panel = make_panel(contexts, w.padded, first, count, p.d, scratch);
+    }
+    const int64_t row = u % units * kUnit, n = least(kUnit, p.m - row);
+    const float* sums = multiply(static_cast<const T*>(p.W) + row * p.W_stride, p.W_stride, n, p.d, panel, scratch);
+    float a[kUnit];
+    for (int64_t i = 0; i < n; i += kLanes) store(a + i, load_n(static_cast<const T*>(p.a) + row + i, n - i));
+    float* out = w.outputs + u % units * p.B + panel.first;
+    for (int64_t v = 0; v < panel.V; v++) {
+      Vec total = zero();
+      for (int64_t i = 0; i < n; i++) total = fma(set1(a[i]), relu(load(sums + (i * panel.V + v) * kLanes)), total);
+      store_n(out + v * kLanes, total, panel.count - v * kLanes);
+    }
+  }
+}
+
+template <class T>
+void run_attention_mlp(const AttentionParams& p) {
+  static thread_local Scratch chunks_scratch, floats_scratch;
+  Work w{};
+  w.padded = round_up(p.d, kLanes);
+  w.state = w.padded + 2 * kLanes;
+  for (int64_t b = 0; b < p.B; b++) w.rows += p.lengths ? p.lengths[b] : p.L;
+  const int64_t smallest = ceil_div(kChunkBytes, p.d * static_cast<int64_t>(sizeof(T)));
+  w.chunk_rows = ceil_div(w.rows, kChunks) > smallest ? ceil_div(w.rows, kChunks) : smallest;
+  int64_t* chunks = chunks_scratch.get<int64_t>(static_cast<size_t>(p.B + 1));
+  chunks[0] = 0;
+  for (int64_t b = 0; b < p.B; b++) chunks[b + 1] = chunks[b] + ceil_div(p.lengths ? p.lengths[b] : p.L, w.chunk_rows);
+  w.chunks = chunks;
+  const int64_t panels = ceil_div(p.B, kPanel), key_units = ceil_div(p.d, kUnit), neuron_units = ceil_div(p.m, kUnit);
+  w.keys = floats_scratch.get<float>(static_cast<size_t>(p.B * w.padded + chunks[p.B] * w.state + neuron_units * p.B));
+  w.states = w.keys + p.B * w.padded;
+  w.outputs = w.states + chunks[p.B] * w.state;
+#pragma omp parallel num_threads(p.threads) if (p.threads > 1)
+  {
+    static thread_local PanelScratch scratch;
+    const int64_t t = thread_index(), T_ = thread_count();
+    make_keys<T>(p, w, scratch, panels * key_units * t / T_, panels * key_units * (t + 1) / T_);
+#pragma omp barrier
+    attend_share<T>(p, w, t, T_);
+#pragma omp barrier
+    sum_neurons<T>(p, w, scratch, panels * neuron_units * t / T_, panels * neuron_units * (t + 1) / T_);
+  }
+  for (int64_t b = 0; b < p.B; b += kLanes) {
+    const int64_t n = least(kLanes, p.B - b);
+    Vec total = zero();
+    for (int64_t u = 0; u < neuron_units; u++) total = total + load_n(w.outputs + u * p.B + b, n);
+    store_n(static_cast<T*>(p.out) + b, total, n);
+  }
+}
+
+}  // namespace
+
+void attention_mlp(const AttentionParams& p) {
+  switch (p.dtype) {
+    case DType::f32:
+      return run_attention_mlp<float>(p);
+    case DType::bf16:
+      return run_attention_mlp<bf16>(p);
+    case DType::f16:
+      return run_attention_mlp<f16>(p);
+  }
+}
+
+#else
+
+#include "cpu.h"
+#include "python.h"
+
+namespace fasticl {
+
+constexpr int64_t kBatch = 1024;            // prompts whose keys and contexts are held at a time
+constexpr int64_t kChunks = 64;             // about so many chunks of prompts are shared out among the threads
+constexpr int64_t kChunkBytes = 32 * 1024;  // at least, of context: below, merging chunks is not worth it
+
+// All strides in elements; the last dimension is contiguous. lengths may be null: every prompt has L columns.
+struct AttentionParams {
+  const void* context;  // [B, L, d]
+  int64_t B, L, d, prompt_stride, row_stride;
+  const void* query;  // [B, d]
+  int64_t query_stride;
+  const void* A;  // [d, d]
+  int64_t A_stride;
+  const void* W;  // [m, d]
+  int64_t m, W_stride;
+  const void* a;           // [m]
+  const int64_t* lengths;  // [B], in [1, L]
+  void* out;               // [B]
+  DType dtype;
+  int threads;
+};
+
+}  // namespace fasticl
+
+#define FASTICL_THIS_FILE "attention_mlp_cpu.cpp"
+#include "foreach_target.h"
+
+namespace fasticl {
+
+void bind_attention_mlp(py::module_& m) {
+  m.def(
+      "attention_mlp",
+      [](Address context, int64_t B, int64_t L, int64_t d, int64_t prompt_stride, int64_t row_stride, Address query,
+         int64_t query_stride, Address A, int64_t A_stride, Address W, int64_t m, int64_t W_stride, Address a,
+         Address lengths, Address out, int dtype, int threads) {
+        py::gil_scoped_release release;
+        const int64_t element = dtype == static_cast<int>(DType::f32) ? 4 : 2;
+        for (int64_t b = 0; b < B; b += kBatch) {
+          AttentionParams p{pointer<const char>(context) + b * prompt_stride * element,
+                            std::min(kBatch, B - b),
+                            L,
+                            d,
+                            prompt_stride,
+                            row_stride,
+                            pointer<const char>(query) + b * query_stride * element,
+                            query_stride,
+                            pointer<const void>(A),
+                            A_stride,
+                            pointer<const void>(W),
+                            m,
+                            W_stride,
+                            pointer<const void>(a),
+                            lengths ? pointer<const int64_t>(lengths) + b : nullptr,
+                            pointer<char>(out) + b * element,
+                            static_cast<DType>(dtype),
+                            threads};
+          const int64_t work = p.B * d * (2 * L + d + m);  // multiply-adds
+          p.threads = static_cast<int>(std::min<int64_t>(threads, 1 + work / kThreadWork));
+          FASTICL_DISPATCH(attention_mlp(p));
+        }
+      },
+      "context"_a, "B"_a, "L"_a, "d"_a, "prompt_stride"_a, "row_stride"_a, "query"_a, "query_stride"_a, "A"_a,
+      "A_stride"_a, "W"_a, "m"_a, "W_stride"_a, "a"_a, "lengths"_a, "out"_a, "dtype"_a, "threads"_a,
+      "F_b = a^T ReLU(W c_b). Addresses and strides (elements); nothing is checked here.");
+}
+
+}  // namespace fasticl
+
+#endif

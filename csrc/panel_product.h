@@ -1,0 +1,126 @@
+// Products of a matrix [rows, d] with up to kPanel vectors at once, the vectors in lanes: each value of the matrix is
+// read once and multiplies all of them. Included inside a target's namespace after rows.h; no include guard.
+
+namespace {
+
+#if defined(FASTICL_TARGET_AVX512)
+constexpr int kMaxPanel = 4;        // registers of 16 vectors
+constexpr int kPanelProducts = 16;  // accumulators: with V registers of vectors, 16 / V rows of the matrix
+#elif defined(FASTICL_TARGET_AVX2)
+constexpr int kMaxPanel = 1;
+constexpr int kPanelProducts = 4;  // 8 registers of 8 lanes
+#else
+constexpr int kMaxPanel = 1;
+constexpr int kPanelProducts = 2;
+#endif
+constexpr int64_t kPanel = kMaxPanel * kLanes;
+constexpr int64_t kTile = 128;  // columns multiplied at a time: 32 KB of a panel
+constexpr int64_t kUnit = 32;   // rows of the matrix in a piece of work
+constexpr int64_t kFew = 8;     // up to here lanes hold columns, not vectors
+static_assert(kUnit % kLanes == 0 && kUnit % kPanelProducts == 0, "rows of a unit fill registers");
+
+// xt[k * 16V + j] = x[j, k] for k < d; zero where j >= count.
+template <class T>
+void pack_panel(const T* x, int64_t stride, int64_t count, int64_t d, int64_t V, float* xt) {
+  for (int64_t k = 0; k < d; k += kLanes)
+    for (int64_t v = 0; v < V; v++) {
+      Vec r[kLanes];
+      for (int64_t i = 0; i < kLanes; i++) {
+        const int64_t j = v * kLanes + i;
+        r[i] = j < count ? load_row(x + j * stride + k, d - k, (count - 1 - j) * stride + d - k) : zero();
+      }
+      transpose16(r);
+      for (int64_t i = 0; i < kLanes; i++) store(xt + (k + i) * V * kLanes + v * kLanes, r[i]);
+    }
+}
+
+// sums[i, j] = sum_k r[i, k] xt[k, j] for n rows and 16V vectors, a tile of columns after the other.
+template <int V>
+void multiply_panel(const Rows& r, int64_t n, int64_t d, const float* xt, float* sums) {
+  constexpr int R = kPanelProducts / V;
+  for (int64_t k0 = 0; k0 < d; k0 += kTile) {
+    const int64_t k1 = least(k0 + kTile, d);
+    for (int64_t i = 0; i < n; i += R) {
+      const float* row[R];
+      Vec acc[R][V];
+      for (int j = 0; j < R; j++) {
+        row[j] = r.data + (i + j < n ? i + j : n - 1) * r.stride;
+        for (int v = 0; v < V; v++) acc[j][v] = zero();
+      }
+      for (int64_t k = k0; k < k1; k++) {
+        Vec x[V];
+        for (int v = 0; v < V; v++) x[v] = load(xt + (k * V + v) * kLanes);
+        for (int j = 0; j < R; j++) {
+          const Vec w = set1(row[j][k]);
+          for (int v = 0; v < V; v++) acc[j][v] = fma(w, x[v], acc[j][v]);
+        }
+      }
+      for (int j = 0; j < R && i + j < n; j++)
+        for (int v = 0; v < V; v++) {
+          float* s = sums + ((i + j) * V + v) * kLanes;
+          store(s, k0 ? load(s) + acc[j][v] : acc[j][v]);
+        }
+    }
+  }
+}
+
+struct PanelScratch {
+  Scratch panel, sums, wide;
+};
+
+// Vectors [first, first + count) ready to be multiplied: as rows where they are few, else transposed.
+struct Panel {
+  int64_t first, count, V;
+  float* x;
+};
+
+template <class T>
+Panel make_panel(const T* x, int64_t stride, int64_t first, int64_t count, int64_t d, PanelScratch& scratch) {
+  const int64_t V = ceil_div(count, kLanes);
+  float* out = scratch.panel.get<float>(static_cast<size_t>(round_up(d, kLanes) * V * kLanes));
+  if (count > kFew) {
+    pack_panel(x, stride, count, d, V, out);
+  } else {
+    widen(x, stride, count, d, out);
+  }
+  return {first, count, V, out};
+}
+
+// sums[i, j] = sum_k matrix[i, k] x[j, k] for rows [0, n) and the panel's vectors; rows of 16V sums.
+template <class T>
+const float* multiply(const T* matrix, int64_t stride, int64_t n, int64_t d, const Panel& panel,
+                      PanelScratch& scratch) {
+  const int64_t padded = round_up(d, kLanes);
+  float* sums = scratch.sums.get<float>(kUnit * kPanel);
+  float* wide = scratch.wide.get<float>(static_cast<size_t>((kUnit + 1) * padded));
+  const Rows r = rows_of(matrix, stride, n, d, wide);
+  if (panel.count > kFew) {
+    switch (panel.V) {
+      case 1:
+        multiply_panel<1>(r, n, d, panel.x, sums);
+        break;
+      case 2:
+        multiply_panel<kMaxPanel >= 2 ? 2 : 1>(r, n, d, panel.x, sums);
+        break;
+      case 3:
+        multiply_panel<kMaxPanel >= 3 ? 3 : 1>(r, n, d, panel.x, sums);
+        break;
+      default:
+        multiply_panel<kMaxPanel>(r, n, d, panel.x, sums);
+    }
+    return sums;
+  }
+  float* x = wide + kUnit * padded;
+  for (int64_t i = 0; i < n * kLanes; i += kLanes) store(sums + i, zero());
+  for (int64_t j = 0; j < panel.count; j++) {
+    spread(r, panel.x + j * padded, x);
+    for (int64_t i = 0; i < n; i += kLanes) {
+      float dots[kLanes];
+      store(dots, dot_rows(r, i, n, x));
+      for (int64_t k = 0; k < kLanes && i + k < n; k++) sums[(i + k) * kLanes + j] = dots[k];
+    }
+  }
+  return sums;
+}
+
+}  // namespace
