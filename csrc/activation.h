@@ -52,7 +52,8 @@ FASTICL_INLINE Vec silu(Vec a) { return a / (set1(1.0f) + exp(zero() - a)); }
 
 FASTICL_INLINE Vec relu(Vec a) { return max(zero(), a); }  // this operand order keeps NaN
 
-FASTICL_INLINE Vec activate(Activation kind, Vec a) {
+// Out of line: it is called from many kernels, and next to the product it follows the call is cheap.
+__attribute__((noinline)) Vec nonlinear(Activation kind, Vec a) {
   switch (kind) {
     case Activation::none:
       return a;
@@ -67,5 +68,7 @@ FASTICL_INLINE Vec activate(Activation kind, Vec a) {
   }
   return a;
 }
+
+FASTICL_INLINE Vec activate(Activation kind, Vec a) { return kind == Activation::none ? a : nonlinear(kind, a); }
 
 }  // namespace

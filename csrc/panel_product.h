@@ -92,7 +92,7 @@ const float* multiply(const T* matrix, int64_t stride, int64_t n, int64_t d, con
                       PanelScratch& scratch) {
   const int64_t padded = round_up(d, kLanes);
   float* sums = scratch.sums.get<float>(kUnit * kPanel);
-  float* wide = scratch.wide.get<float>(static_cast<size_t>((kUnit + 1) * padded));
+  float* wide = scratch.wide.get<float>(static_cast<size_t>((kUnit + kFew) * padded));
   const Rows r = rows_of(matrix, stride, n, d, wide);
   if (panel.count > kFew) {
     switch (panel.V) {
@@ -111,14 +111,12 @@ const float* multiply(const T* matrix, int64_t stride, int64_t n, int64_t d, con
     return sums;
   }
   float* x = wide + kUnit * padded;
-  for (int64_t i = 0; i < n * kLanes; i += kLanes) store(sums + i, zero());
-  for (int64_t j = 0; j < panel.count; j++) {
-    spread(r, panel.x + j * padded, x);
-    for (int64_t i = 0; i < n; i += kLanes) {
-      float dots[kLanes];
-      store(dots, dot_rows(r, i, n, x));
-      for (int64_t k = 0; k < kLanes && i + k < n; k++) sums[(i + k) * kLanes + j] = dots[k];
-    }
+  for (int64_t j = 0; j < panel.count; j++) spread(r, panel.x + j * padded, x + j * padded);
+  for (int64_t i = 0; i < n; i += kLanes) {  // 16 rows stay in L1 for all vectors
+    Vec dots[kLanes];
+    for (int64_t j = 0; j < kLanes; j++) dots[j] = j < panel.count ? dot_rows(r, i, n, x + j * padded) : zero();
+    transpose16(dots);
+    for (int64_t k = 0; k < kLanes; k++) store(sums + (i + k) * kLanes, dots[k]);
   }
   return sums;
 }

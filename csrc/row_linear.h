@@ -34,7 +34,7 @@ FASTICL_INLINE const T* row_values(const RowWeight& w, int64_t n, T* spare) {
   const int64_t begin = w.row_start(n), end = w.row_start(n + 1);
   const T* values = static_cast<const T*>(w.values) + begin;
   if (end + 2 * kLanes <= w.row_start(w.N)) return values;
-  __builtin_memcpy(spare, values, static_cast<size_t>(end - begin) * sizeof(T));
+  if (end > begin) __builtin_memcpy(spare, values, static_cast<size_t>(end - begin) * sizeof(T));
   return spare;
 }
 
@@ -235,33 +235,35 @@ FASTICL_INLINE const float* widen_values(const T* p, int64_t count, float* wide)
   return wide;
 }
 
-// y[j] += sum_i values[i] * xt[offsets[i] / 4 + j] for 16V tokens j. `offsets` has room for one more entry, a valid
-// one.
+// y[j] += sum_i values[i] * xt[offsets[i] / 4 + j] for 16V tokens j.
 template <int V>
 FASTICL_INLINE void add_row(const uint16_t* offsets, const float* values, int count, const float* xt, float* y,
                             bool first) {
-  Vec even[V], odd[V];  // two independent chains, to hide the latency of the multiply-add
-  for (int v = 0; v < V; v++) {
-    even[v] = first ? zero() : load(y + v * kLanes);
-    odd[v] = zero();
-  }
+  constexpr int D = V >= 4 ? 2 : 4;  // independent chains, to hide the latency of the multiply-add
+  Vec acc[D][V];
+  for (int d = 0; d < D; d++)
+    for (int v = 0; v < V; v++) acc[d][v] = d || first ? zero() : load(y + v * kLanes);
   const char* base = reinterpret_cast<const char*>(xt);
   int i = 0;
-  for (; i + 2 <= count; i += 2) {
-    uint32_t pair;  // one load for two offsets: loads are what bounds this loop
-    __builtin_memcpy(&pair, offsets + i, 4);
-    const float* a = reinterpret_cast<const float*>(base + (pair & 0xffff));
-    const float* b = reinterpret_cast<const float*>(base + (pair >> 16));
-    const Vec va = set1(values[i]), vb = set1(values[i + 1]);
-    for (int v = 0; v < V; v++) even[v] = fma(va, load(a + v * kLanes), even[v]);
-    for (int v = 0; v < V; v++) odd[v] = fma(vb, load(b + v * kLanes), odd[v]);
+  for (; i + D <= count; i += D) {
+    uint64_t next = 0;  // one load for all offsets: loads are what bounds this loop
+    __builtin_memcpy(&next, offsets + i, D * sizeof(uint16_t));
+    for (int d = 0; d < D; d++) {
+      const float* column = reinterpret_cast<const float*>(base + (next >> (16 * d) & 0xffff));
+      const Vec value = set1(values[i + d]);
+      for (int v = 0; v < V; v++) acc[d][v] = fma(value, load(column + v * kLanes), acc[d][v]);
+    }
   }
-  if (count & 1) {
-    const float* a = reinterpret_cast<const float*>(base + offsets[i]);
-    const Vec va = set1(values[i]);
-    for (int v = 0; v < V; v++) even[v] = fma(va, load(a + v * kLanes), even[v]);
+  for (; i < count; i++) {
+    const float* column = reinterpret_cast<const float*>(base + offsets[i]);
+    const Vec value = set1(values[i]);
+    for (int v = 0; v < V; v++) acc[0][v] = fma(value, load(column + v * kLanes), acc[0][v]);
   }
-  for (int v = 0; v < V; v++) store(y + v * kLanes, even[v] + odd[v]);
+  for (int v = 0; v < V; v++) {
+    Vec s = acc[0][v];
+    for (int d = 1; d < D; d++) s = s + acc[d][v];
+    store(y + v * kLanes, s);
+  }
 }
 
 // A block of rows against all panels of x^T.
@@ -294,8 +296,9 @@ struct ManyTokens {
       for (int64_t i = 0; i < rows; i++) {
         if (i + kRowsAhead < rows) prefetch(next[order[i + kRowsAhead]], 0, lines);
         const int64_t r = order[i];
-        decode(w, r0 + r, k0, bytes, r);
-        add_row<V>(offsets + r * kList, values[r], counts[r], xt + k0 * L, sums + r * L, k0 == 0);
+        uint16_t* list = offsets + (panels > 1 ? r * kList : 0);  // of use to one panel only, it stays in L1
+        decode(w, r0 + r, k0, bytes, r, list);
+        add_row<V>(list, values[r], counts[r], xt + k0 * L, sums + r * L, k0 == 0);
       }
       for (int64_t q = 1; q < panels; q++)
         for (int64_t i = 0; i < rows; i++) {
@@ -323,8 +326,7 @@ struct ManyTokens {
   }
 
   // The stored columns of row `row` in the tile from k0 on, as byte offsets into the tile of x^T, and their values.
-  FASTICL_INLINE void decode(const RowWeight& w, int64_t row, int64_t k0, int64_t bytes, int64_t r) {
-    uint16_t* list = offsets + r * kList;
+  FASTICL_INLINE void decode(const RowWeight& w, int64_t row, int64_t k0, int64_t bytes, int64_t r, uint16_t* list) {
     const uint8_t* mask = w.bitmask + row * bytes;
     int count = 0;
     for (int64_t k = k0; k < k0 + kTile && k < w.K; k += kWord) {

@@ -29,6 +29,8 @@ void slice_tokens(const uint8_t* step, int64_t steps, const T* p, const float* x
       uint16_t mask, window;
       __builtin_memcpy(&mask, step, 2);
       __builtin_memcpy(&window, step + 2, 2);
+      if (j == 0) __builtin_prefetch(reinterpret_cast<const char*>(p) + 4096);
+      if (j == 2) __builtin_prefetch(reinterpret_cast<const char*>(p) + 4096 + 64);
       const Vec v = expand(p, mask);
       p += __builtin_popcount(mask);
       for (int b = 0; b < B; b++) acc[j % U][b] = fma(v, permute32(x + b * x_stride + window, step + 4), acc[j % U][b]);
@@ -46,7 +48,7 @@ const T* slice_values(const SlicedParams& p, int64_t slice, T* spare) {
   const int64_t first = p.slice_offsets[2 * slice + 1], end = p.slice_offsets[2 * slice + 3];
   const T* values = static_cast<const T*>(p.values) + first;
   if (end + 2 * kLanes <= p.slice_offsets[2 * p.slices + 1]) return values;
-  __builtin_memcpy(spare, values, static_cast<size_t>(end - first) * sizeof(T));
+  if (end > first) __builtin_memcpy(spare, values, static_cast<size_t>(end - first) * sizeof(T));
   return spare;
 }
 

@@ -1,8 +1,8 @@
 """FastICL turns a pruned Transformer into a faster one.
 
-    model = AutoModelForCausalLM.from_pretrained(...)
-    fasticl.sparsify_(model, fasticl.Wanda(0.5), calibration)   # which weights go
-    fasticl.convert(model)                                      # store and compute what is left
+model = AutoModelForCausalLM.from_pretrained(...)
+fasticl.sparsify_(model, fasticl.Wanda(0.5), calibration)   # which weights go
+fasticl.convert(model)                                      # store and compute what is left
 """
 
 import torch  # first: its OpenMP runtime is the one that the kernels then share

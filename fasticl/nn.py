@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 from fasticl import formats, ops
 from fasticl.formats import PackedWeight, SlicedLayout
 from fasticl.icl.model import FusedICLTransformer, ICLTransformer
-from fasticl.ops._registry import needs_grad
+from fasticl.ops._registry import check_activation, needs_grad
 
 __all__ = ["FusedICLTransformer", "ICLTransformer", "SparseLinear", "SparseMLP"]
 
@@ -238,7 +238,7 @@ class SparseMLP(nn.Module):
         gate: nn.Linear | SparseLinear | None = None, *, activation: str | None,
     ) -> None:  # fmt: skip
         super().__init__()
-        ops.check_activation(activation)
+        check_activation(activation)
         for name, linear in (("up", up), ("down", down), ("gate", gate)):
             if linear is not None and not isinstance(linear, nn.Linear | SparseLinear):
                 raise TypeError(f"{name}: expected nn.Linear or SparseLinear, got {type(linear).__name__}")

@@ -438,12 +438,8 @@ class LinearCases:
                 op(*arguments)
 
 
-def raw(x: Tensor | None) -> int:
-    return registry.address(x)
-
-
 def kernel_edge(x: Tensor, y: Tensor, bias: Tensor | None, activation: str | None) -> tuple[tuple, tuple]:
     """The arguments before and after the weight's that all kernels take."""
     before = (x.data_ptr(), x.shape[0], x.stride(0))
     code = registry.ACTIVATIONS[activation]
-    return before, (raw(bias), code, y.data_ptr(), y.stride(0), registry.DTYPES[x.dtype], 1)
+    return before, (registry.address(bias), code, y.data_ptr(), y.stride(0), registry.DTYPES[x.dtype], 1)

@@ -1,6 +1,6 @@
 """The ops: functions on tensors and packed weights, one file each."""
 
-from fasticl.ops._registry import check_activation, implementations
+from fasticl.ops._registry import implementations
 from fasticl.ops.attention_mlp import attention_mlp
 from fasticl.ops.bitmap_linear import bitmap_linear
 from fasticl.ops.fused_mlp import fused_mlp

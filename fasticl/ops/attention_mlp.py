@@ -17,8 +17,8 @@ def attention_mlp(
     Each prompt is read once: scores, softmax and sum run over blocks of its columns that stay in the L1 cache.
 
     Args:
-        context: ``[B, L, d]``, L at least 1; float32, bfloat16 or float16, any strides (one copy where the last dimension
-            is strided); float64 runs the reference.
+        context: ``[B, L, d]``, L at least 1; float32, bfloat16 or float16, any strides (a copy only where the last
+            dimension is strided); float64 runs the reference.
         query: ``[B, d]``, of ``context``'s dtype, as are the following.
         A: ``[d, d]``, the product W_Kᵀ W_Q of the attention layer.
         W: ``[m, d]``, the product W_O W_V; a pruned neuron is a row that is not there.
@@ -26,8 +26,8 @@ def attention_mlp(
         lengths: int64 ``[B]`` in [1, L], the columns of each prompt; what lies behind them is not read. None: all L.
 
     Returns:
-        ``[B]`` in ``context.dtype``; products accumulate in float32, the result is rounded once. It does not depend on the
-        number of threads.
+        ``[B]`` in ``context.dtype``; products accumulate in float32, the result is rounded once. It does not depend on
+        the number of threads.
 
     Raises:
         TypeError: dtypes differ, or are not floating-point (lengths: not int64).
@@ -74,8 +74,8 @@ def _cpu(context: Tensor, query: Tensor, A: Tensor, W: Tensor, a: Tensor, length
 
 
 def _check(context: Tensor, query: Tensor, A: Tensor, W: Tensor, a: Tensor, lengths: Tensor | None) -> None:
-    if not isinstance(context, Tensor) or context.dim() != 3 or not context.is_floating_point():
-        registry.check_dtype("attention_mlp: context", context)
+    registry.check_dtype("attention_mlp: context", context)
+    if context.dim() != 3:
         registry.check_shape("attention_mlp: context", context, ("B", "L", "d"))
     B, L, d = context.shape
     if L == 0:
@@ -90,8 +90,8 @@ def _check(context: Tensor, query: Tensor, A: Tensor, W: Tensor, a: Tensor, leng
 
 
 def _check_tensor(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    # Three comparisons where all fits: the full checks of five tensors take 10 us, as long as a small prompt does.
-    if not isinstance(x, Tensor) or x.shape != shape or x.dtype != dtype or x.device != device:
+    # Comparisons alone where all fits: the full checks of five tensors take 10 us, as long as a small prompt does.
+    if not isinstance(x, Tensor) or (x.shape, x.dtype, x.device, x.layout) != (shape, dtype, device, torch.strided):
         registry.check_dtype(f"attention_mlp: {name}", x, dtype)
         registry.check_device(f"attention_mlp: {name}", x, device)
         registry.check_shape(f"attention_mlp: {name}", x, shape)

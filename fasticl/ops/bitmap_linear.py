@@ -24,8 +24,8 @@ def bitmap_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, a
     Returns:
         ``[..., N]`` in ``x.dtype``; products accumulate in float32, the result is rounded once.
 
-    Up to 8 tokens (4 without AVX-512) positions that are not stored are multiplied as zeros, so an infinite x there
-    gives NaN, as the dense product does; with more tokens they are skipped.
+    Where a weight is not stored, x is multiplied by zero for up to 8 tokens (4 without AVX-512, and for so many that a
+    larger batch leaves over), else skipped: an infinite or NaN x there gives NaN, as in the dense product, or nothing.
 
     Raises:
         TypeError: ``x`` or ``bias`` is not of the weight's dtype, or ``weight`` is no PackedWeight.
