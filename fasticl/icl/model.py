@@ -204,7 +204,14 @@ class FusedICLTransformer(nn.Module):
 
     def forward(self, context: Tensor, query: Tensor, lengths: Tensor | None = None) -> Tensor:
         """F of each prompt, ``[B]``. Arguments as for :meth:`ICLTransformer.forward`."""
-        return attention_mlp(context, query, self.A, self.W, self.a, lengths)
+        _check_prompts(context, query, lengths, self.A)
+        if context.shape[1] == 0:
+            return query.new_zeros(len(query))
+        if lengths is None:
+            return attention_mlp(context, query, self.A, self.W, self.a)
+        empty = lengths == 0  # of which the op knows nothing: its softmax is over at least one column
+        F = attention_mlp(context, query, self.A, self.W, self.a, lengths.long().clamp(min=1))
+        return F.masked_fill(empty, 0)
 
     def attention(self, context: Tensor, query: Tensor, lengths: Tensor | None = None) -> Tensor:
         """The weights inside, ``[B, L]``, computed apart. As :meth:`ICLTransformer.attention`."""
