@@ -97,7 +97,7 @@ def _error(icl: Mapping[str, Any]) -> Figure:
         _label(panel, title, "neurons pruned, %")
     panels[1].axhline(0.5, color=_INK, linewidth=0.8, linestyle=":")
     panels[1].annotate("chance", (0, 0.5), (2, 3), textcoords="offset points", fontsize=8.5, color=_INK)
-    panels[0].legend(frameon=False, fontsize=8.5, labelcolor=_INK, loc="lower right")
+    panels[0].legend(frameon=False, fontsize=8.5, labelcolor=_INK, loc="upper left")
     return figure
 
 

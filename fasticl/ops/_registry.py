@@ -112,5 +112,7 @@ def contiguous(x: Tensor | None) -> Tensor | None:
 
 def rows(x: Tensor) -> Tensor:
     """``x [..., K]`` as a matrix ``[M, K]`` whose last dimension is contiguous; a copy only where strides force one."""
+    if x.dim() == 2 and x.stride(1) == 1:
+        return x
     x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 is ambiguous for empty tensors
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
