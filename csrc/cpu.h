@@ -87,7 +87,7 @@ inline int thread_count() {  // of the running parallel region
 #endif
 }
 
-// Below this many multiply-adds a second thread costs more than it saves (about 5 us of waking it).
+// Below this many multiply-adds a second thread is not woken.
 constexpr int64_t kThreadWork = 1 << 17;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

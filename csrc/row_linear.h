@@ -19,7 +19,7 @@ constexpr int64_t kTokenBlock = 512;   // tokens whose x^T is packed together
 constexpr int64_t kTileBytes = 32768;  // of x^T: leaves a third of a 48 KiB L1 to values, lists and sums
 static_assert(kTileBytes <= 65536, "column lists hold 16-bit byte offsets into a tile");
 
-constexpr int64_t kPrefetchBytes = 4096;  // ahead of the value stream; measured against 0, 1024 and 2048
+constexpr int64_t kPrefetchBytes = 4096;  // ahead of the value stream
 
 // Fetches `lines` cache lines from `bytes` behind p on. Any address may be prefetched.
 FASTICL_INLINE void prefetch(const void* p, int64_t bytes, int64_t lines) {
@@ -311,7 +311,7 @@ struct ManyTokens {
   }
 
   // Counts the stored values of each row in the tile from k0 on, and orders the rows by them, so that the loops over a
-  // row's values end where the processor predicts: a mispredicted end costs as much as seven values.
+  // row's values end where the processor predicts it.
   FASTICL_INLINE void sort_by_count(const RowWeight& w, int64_t r0, int64_t rows, int64_t k0, int64_t bytes) {
     uint16_t first[kTile + 2] = {};
     for (int64_t r = 0; r < rows; r++) {

@@ -30,7 +30,7 @@ from fasticl import _C
 FORMATS = ("auto", "bitmap", "sliced", "nm", "compact")
 PATTERNS = ("2:4", "4:8", "8:16")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-SLICED_MIN_SPARSITY = 0.8  # "auto" derives the sliced layout from here on (benchmarks/results)
+SLICED_MIN_SPARSITY = 0.8  # "auto" derives the sliced layout from here on
 SLICED_MAX_K = 65535  # its windows start at 16-bit columns
 STEP_BYTES = 20  # lane mask (2), window (2), an index a lane (16)
 NM_MIN_DENSITY = 0.45  # "auto" takes an n:m pattern from here on: a sparser weight may fit one by chance

@@ -15,7 +15,7 @@ from fasticl.ops.bitmap_linear import cpu as bitmap_cpu
 from fasticl.ops.nm_linear import cpu as nm_cpu
 from fasticl.ops.sliced_linear import cpu as sliced_cpu
 
-MAX_DENSE_TOKENS = 8  # up to here the row kernel reads a dense weight faster than torch's matmul (benchmarks/results)
+MAX_DENSE_TOKENS = 8  # dense weights of more tokens go to torch's matmul
 
 
 def fused_mlp(
