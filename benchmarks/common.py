@@ -25,9 +25,11 @@ COLUMNS = (
 CASE_COLUMNS = ("op", "device", "dtype", "shape", "batch", "cache", "threads")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# A thread pool spins after its last job (OpenBLAS 30 ms, libgomp about 20 ms where a pause takes 140 cycles) and would
-# take a core from the contender that runs next on another pool.
-SETTLE_SECONDS = 0.035
+# A thread pool spins after its last job, for 10 to 150 ms, and would take a core from the contender that runs next on
+# another pool. The process has settled when it used less than a quarter of a core for as long as this.
+SETTLED_SECONDS = 0.02
+# Long enough to be about calls in a row, as in a decoding loop, not about the first ones after a pause.
+SAMPLE_MS = 15.0
 
 
 def generator(salt: int) -> torch.Generator:
@@ -164,7 +166,7 @@ def measure(
         turns[contender.name] = contender.calls
         if settle:
             turns[f"after {contender.name}"] = [_settle]
-    timings = interleaved(turns, seconds=seconds, min_samples=min_samples)
+    timings = interleaved(turns, seconds=seconds, sample_ms=SAMPLE_MS, min_samples=min_samples)
 
     best = min((c for c in contenders if c.dense), key=lambda c: timings[c.name].ms_p50, default=None)
     utc = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -200,7 +202,11 @@ def measure(
 
 
 def _settle() -> None:
-    time.sleep(SETTLE_SECONDS)
+    for _ in range(25):
+        before = time.process_time()
+        time.sleep(SETTLED_SECONDS)
+        if time.process_time() - before < SETTLED_SECONDS / 4:
+            return
 
 
 class Results:

@@ -9,15 +9,16 @@ namespace {
 
 #if defined(FASTICL_TARGET_AVX512)
 constexpr int kMaxTokens = 8;  // accumulators of the first loop: 2 * tokens of 32 registers
+constexpr int kChains = 8;     // accumulators of the second loop: hide the latency of two multiply-adds a cycle
 #else
 constexpr int kMaxTokens = 4;
+constexpr int kChains = 4;  // of two registers each
 #endif
 constexpr int64_t kWord = 64;          // columns in one step of the first loop
 constexpr int64_t kRowBlock = 128;     // rows that share a tile of x^T while it is in L1
-constexpr int64_t kRowsAhead = 4;      // rows whose values are fetched ahead
+constexpr int64_t kRowsAhead = 8;      // rows whose values are fetched ahead
 constexpr int64_t kTokenBlock = 512;   // tokens whose x^T is packed together
 constexpr int64_t kTileBytes = 32768;  // of x^T: leaves a third of a 48 KiB L1 to values, lists and sums
-static_assert(kTileBytes <= 65536, "column lists hold 16-bit byte offsets into a tile");
 
 constexpr int64_t kPrefetchBytes = 4096;  // ahead of the value stream
 
@@ -27,8 +28,18 @@ FASTICL_INLINE void prefetch(const void* p, int64_t bytes, int64_t lines) {
   for (int64_t i = 0; i < lines; i++) __builtin_prefetch(from + 64 * i, 0, 2);
 }
 
-// The values of row n, with 32 elements behind them that may be read: a vector load may run past the row's end, and
-// behind the last rows of a weight there may be no memory.
+// Vector loads run past the end of a row, and behind the last rows of a weight there may be no memory: those rows are
+// copied, with what is read behind them, to a spare place.
+template <class T>
+constexpr int64_t spare_value_bytes(int64_t K) {
+  return round_up((K + 2 * kLanes) * static_cast<int64_t>(sizeof(T)), 64);
+}
+template <class T>
+constexpr int64_t spare_row_bytes(int64_t K) {
+  return spare_value_bytes<T>(K) + round_up(K / 8 + 8, 64);
+}
+
+// The values of row n, with 32 elements behind them that may be read.
 template <class T>
 FASTICL_INLINE const T* row_values(const RowWeight& w, int64_t n, T* spare) {
   const int64_t begin = w.row_start(n), end = w.row_start(n + 1);
@@ -38,16 +49,22 @@ FASTICL_INLINE const T* row_values(const RowWeight& w, int64_t n, T* spare) {
   return spare;
 }
 
-// Bits of columns [64 w, 64 w + 64) of a row whose mask has `bytes` bytes.
-FASTICL_INLINE uint64_t mask_word(const uint8_t* mask, int64_t w, int64_t bytes) {
-  uint64_t word = 0;
-  const int64_t left = bytes - 8 * w;
-  if (left >= 8) {
-    __builtin_memcpy(&word, mask + 8 * w, 8);
-  } else if (left > 0) {
-    __builtin_memcpy(&word, mask + 8 * w, static_cast<size_t>(left));
-  }
-  return word;
+// The mask of row n, with 7 bytes behind it that may be read.
+FASTICL_INLINE const uint8_t* row_mask(const RowWeight& w, int64_t n, uint8_t* spare) {
+  const int64_t bytes = w.mask_stride();
+  const uint8_t* mask = w.bitmask + n * bytes;
+  if ((w.N - 1 - n) * bytes >= 7) return mask;
+  __builtin_memcpy(spare, mask, static_cast<size_t>(bytes));
+  return spare;
+}
+
+// Bits of the columns [64 i, 64 i + 64) of a mask, of which the first `left` columns exist.
+FASTICL_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+FASTICL_INLINE uint64_t mask_word(const uint8_t* mask, int64_t i, int64_t left) {
+  uint64_t bits;
+  __builtin_memcpy(&bits, mask + 8 * i, 8);
+  return left >= kWord * (i + 1) ? bits : bits & ((uint64_t{1} << (left - kWord * i)) - 1);
 }
 
 // First row of thread t of T, so that the threads store about equally many values (an empty row counts a little).
@@ -68,6 +85,15 @@ inline int64_t first_row(const RowWeight& w, int64_t t, int64_t T) {
 }
 
 // ---- few tokens --------------------------------------------------------------------------------------------
+
+// The stored values of 64 columns, as load32 orders them; returns how many they are.
+template <class T>
+FASTICL_INLINE int expand64(const T* p, uint64_t mask, Vec (&v)[4]) {
+  const uint32_t low = static_cast<uint32_t>(mask), high = static_cast<uint32_t>(mask >> 32);
+  expand32(p, low, v[0], v[1]);
+  expand32(p + __builtin_popcount(low), high, v[2], v[3]);
+  return __builtin_popcountll(mask);
+}
 
 // x as float32 [M, round_up(K, 64)], padded with zeros, columns in the order of expand32.
 template <class T>
@@ -92,39 +118,42 @@ void widen_rows(const T* x, int64_t M, int64_t K, int64_t stride, float* out) {
 // out[b * out_stride + n] = sum_k x[b * x_stride + k] * W[n, k] for rows [n0, n1) and B tokens.
 template <class T, bool kDense, int B>
 void few_tokens(const RowWeight& w, int64_t n0, int64_t n1, const float* x, int64_t x_stride, float* out,
-                int64_t out_stride, T* spare) {
+                int64_t out_stride, uint8_t* spare) {
   // At one and two tokens four sums a token hide the latency of the multiply-add; then the tokens themselves do.
   constexpr int U = B <= 2 && kMaxTokens > 4 ? 4 : B <= 4 ? 2 : 1;
-  const int64_t bytes = w.mask_stride(), words = ceil_div(w.K, kWord);
+  const int64_t whole = w.K / kWord, left = w.K % kWord;
   for (int64_t n = n0; n < n1; n++) {
-    const T* p = row_values(w, n, spare);
-    const uint8_t* mask = kDense ? nullptr : w.bitmask + n * bytes;
+    const T* p = row_values(w, n, reinterpret_cast<T*>(spare));
+    const uint8_t* mask = kDense ? nullptr : row_mask(w, n, spare + spare_value_bytes<T>(w.K));
     Vec acc[U][B];
     for (int u = 0; u < U; u++)
       for (int b = 0; b < B; b++) acc[u][b] = zero();
-    for (int64_t i = 0; i < words; i++) {
-      const float* xi = x + i * kWord;
-      Vec v[4];
-      if (kDense) {
-        if (i == words - 1 && w.K % kWord) {
-          T buffer[kWord] = {};
-          __builtin_memcpy(buffer, p, static_cast<size_t>(w.K % kWord) * sizeof(T));
-          load32(buffer, v[0], v[1]);
-          load32(buffer + 32, v[2], v[3]);
-        } else {
-          load32(p, v[0], v[1]);
-          load32(p + 32, v[2], v[3]);
-        }
-        p += kWord;
-      } else {
-        const uint64_t m = mask_word(mask, i, bytes);
-        prefetch(p, kPrefetchBytes, 2);
-        expand32(p, static_cast<uint32_t>(m), v[0], v[1]);
-        expand32(p + __builtin_popcount(static_cast<uint32_t>(m)), static_cast<uint32_t>(m >> 32), v[2], v[3]);
-        p += __builtin_popcountll(m);
-      }
+    const auto multiply = [&](const Vec(&v)[4], const float* xi) __attribute__((always_inline)) {
       for (int j = 0; j < 4; j++)
         for (int b = 0; b < B; b++) acc[j % U][b] = fma(v[j], load(xi + b * x_stride + j * kLanes), acc[j % U][b]);
+    };
+    Vec v[4];
+    for (int64_t i = 0; i < whole; i++) {
+      if (kDense) {
+        load32(p, v[0], v[1]);
+        load32(p + 32, v[2], v[3]);
+        p += kWord;
+      } else {
+        prefetch(p, kPrefetchBytes, 2);
+        p += expand64(p, mask_word(mask, i, kWord * (i + 1)), v);
+      }
+      multiply(v, x + i * kWord);
+    }
+    if (left) {
+      if (kDense) {
+        T buffer[kWord] = {};
+        __builtin_memcpy(buffer, p, static_cast<size_t>(left) * sizeof(T));
+        load32(buffer, v[0], v[1]);
+        load32(buffer + 32, v[2], v[3]);
+      } else {
+        expand64(p, mask_word(mask, whole, w.K), v);
+      }
+      multiply(v, x + whole * kWord);
     }
     for (int b = 0; b < B; b++) {
       Vec s = acc[0][b];
@@ -136,7 +165,7 @@ void few_tokens(const RowWeight& w, int64_t n0, int64_t n1, const float* x, int6
 
 template <class T, bool kDense>
 void few_tokens_any(int64_t M, const RowWeight& w, int64_t n0, int64_t n1, const float* x, int64_t x_stride, float* out,
-                    int64_t out_stride, T* spare) {
+                    int64_t out_stride, uint8_t* spare) {
   while (M > 0) {
     int done;
     if (M >= 8 && kMaxTokens >= 8) {
@@ -197,7 +226,7 @@ void run_few(const LinearParams& p) {
 #pragma omp parallel num_threads(p.threads) if (p.threads > 1)
   {
     static thread_local Scratch spare_scratch;
-    T* spare = spare_scratch.get<T>(static_cast<size_t>(w.K + 2 * kLanes));
+    uint8_t* spare = spare_scratch.get<uint8_t>(static_cast<size_t>(spare_row_bytes<T>(w.K)));
     const int64_t t = thread_index(), T_ = thread_count();
     const int64_t n0 = first_row(w, t, T_), n1 = first_row(w, t + 1, T_);
     if (w.bitmask) {
@@ -235,125 +264,172 @@ FASTICL_INLINE const float* widen_values(const T* p, int64_t count, float* wide)
   return wide;
 }
 
-// y[j] += sum_i values[i] * xt[offsets[i] / 4 + j] for 16V tokens j.
+// acc[d % D][v] += values[d] * column c_d of x^T for the n columns c_d in the bytes of `columns`, lowest first.
+template <int n, int D, int V>
+FASTICL_INLINE void add_values(uint64_t columns, const float* values, const float* xt, Vec (&acc)[D][V]) {
+  constexpr uint64_t kColumn = V * kLanes * sizeof(float);
+#pragma GCC unroll 8
+  for (int d = 0; d < n; d++) {
+    const uint64_t offset = (columns >> (8 * d) & 0xff) * kColumn;
+    const float* column = reinterpret_cast<const float*>(reinterpret_cast<const char*>(xt) + offset);
+    const Vec value = set1(values[d]);
+    for (int v = 0; v < V; v++) acc[d % D][v] = fma(value, load(column + v * kLanes), acc[d % D][v]);
+  }
+}
+
+// y[j] = (first ? 0 : y[j]) + sum_i values[i] * xt[16V columns[i] + j] for 16V tokens j. Eight columns are loaded at a
+// time, also at the end: loads are what bounds this loop.
 template <int V>
-FASTICL_INLINE void add_row(const uint16_t* offsets, const float* values, int count, const float* xt, float* y,
+FASTICL_INLINE void add_row(const uint8_t* columns, const float* values, int count, const float* xt, float* y,
                             bool first) {
-  constexpr int D = V >= 4 ? 2 : 4;  // independent chains, to hide the latency of the multiply-add
+  constexpr int D = kChains / V;
   Vec acc[D][V];
   for (int d = 0; d < D; d++)
-    for (int v = 0; v < V; v++) acc[d][v] = d || first ? zero() : load(y + v * kLanes);
-  const char* base = reinterpret_cast<const char*>(xt);
-  int i = 0;
-  for (; i + D <= count; i += D) {
-    uint64_t next = 0;  // one load for all offsets: loads are what bounds this loop
-    __builtin_memcpy(&next, offsets + i, D * sizeof(uint16_t));
-    for (int d = 0; d < D; d++) {
-      const float* column = reinterpret_cast<const float*>(base + (next >> (16 * d) & 0xffff));
-      const Vec value = set1(values[i + d]);
-      for (int v = 0; v < V; v++) acc[d][v] = fma(value, load(column + v * kLanes), acc[d][v]);
-    }
+    for (int v = 0; v < V; v++) acc[d][v] = zero();
+  uint64_t next;
+  for (; count >= 8; count -= 8, columns += 8, values += 8) {
+    __builtin_memcpy(&next, columns, 8);
+    add_values<8>(next, values, xt, acc);
   }
-  for (; i < count; i++) {
-    const float* column = reinterpret_cast<const float*>(base + offsets[i]);
-    const Vec value = set1(values[i]);
-    for (int v = 0; v < V; v++) acc[0][v] = fma(value, load(column + v * kLanes), acc[0][v]);
+  __builtin_memcpy(&next, columns, 8);
+  if (count & 4) {
+    add_values<4>(next, values, xt, acc);
+    next >>= 32, values += 4;
   }
+  if (count & 2) {
+    add_values<2>(next, values, xt, acc);
+    next >>= 16, values += 2;
+  }
+  if (count & 1) add_values<1>(next, values, xt, acc);
   for (int v = 0; v < V; v++) {
     Vec s = acc[0][v];
     for (int d = 1; d < D; d++) s = s + acc[d][v];
-    store(y + v * kLanes, s);
+    store(y + v * kLanes, first ? s : load(y + v * kLanes) + s);
   }
 }
 
 // A block of rows against all panels of x^T.
 template <class T, int V>
 struct ManyTokens {
-  static constexpr int64_t L = V * kLanes;                                // tokens in a panel
-  static constexpr int64_t kTile = kTileBytes / (L * 4) / kWord * kWord;  // columns in a tile
+  static constexpr int64_t L = V * kLanes;                               // tokens in a panel
+  static constexpr int64_t kFit = kTileBytes / (L * 4) / kWord * kWord;  // columns whose x^T stays in L1
+  static constexpr int64_t kTile = kFit < 256 ? kFit : 256;              // columns in a tile: a list holds bytes
+  static constexpr int64_t kWords = kTile / kWord;
+  static constexpr int64_t kRing = (kRowsAhead + 1) * kTile;  // the lists that are in use, and room for the next
+  static_assert(kRing + kTile <= kRowBlock * kTile, "the ring lies in the lists of a block");
   static_assert(kTile >= kWord, "a tile holds whole mask words");
-  static constexpr int64_t kList = kTile + 2 * kLanes;  // entries of a column list, with room for a whole vector
 
-  uint16_t offsets[kRowBlock * kList];
-  float wide[kIsFloat<T> ? 1 : kRowBlock * kList];
-  const float* values[kRowBlock];
-  int counts[kRowBlock];
-  uint16_t order[kRowBlock];
+  struct Row {  // in one tile
+    const uint8_t* list;
+    const float* values;
+    int32_t count, row;
+  };
+
+  uint8_t columns[kRowBlock * kTile + kWord];  // of one tile, row after row in `order`
+  float wide[kIsFloat<T> ? 1 : kRowBlock * kTile + 2 * kLanes];
+  Row order[kRowBlock];
+  uint16_t counts[kRowBlock];
+  const uint8_t* masks[kRowBlock];
   const T* next[kRowBlock];
 
   // Rows [r0, r1), at most kRowBlock; sums [panels][kRowBlock][L].
   void block(const LinearParams& p, int64_t r0, int64_t r1, const float* xt, int64_t padded, int64_t panels,
-             int64_t first_token, float* sums, T* spare) {
+             int64_t first_token, float* sums, uint8_t* spare) {
     const RowWeight& w = p.weight;
-    const int64_t bytes = w.mask_stride(), rows = r1 - r0;
-    for (int64_t r = 0; r < rows; r++) next[r] = row_values(w, r0 + r, spare + r * (w.K + 2 * kLanes));
-    // Cache lines of a row's values in one tile, on average: too few for the hardware to see them coming.
-    const int64_t stored =
-        (w.row_start(r1) - w.row_start(r0)) * std::min(kTile, w.K) / std::max<int64_t>(1, w.K * rows);
-    const int64_t lines = stored * static_cast<int64_t>(sizeof(T)) / 64 + 1;
+    const int64_t rows = r1 - r0;
+    for (int64_t r = 0; r < rows; r++) {
+      uint8_t* own = spare + r * spare_row_bytes<T>(w.K);
+      next[r] = row_values(w, r0 + r, reinterpret_cast<T*>(own));
+      masks[r] = row_mask(w, r0 + r, own + spare_value_bytes<T>(w.K));
+    }
     for (int64_t k0 = 0; k0 < w.K; k0 += kTile) {
-      sort_by_count(w, r0, rows, k0, bytes);
-      for (int64_t i = 0; i < rows; i++) {
-        if (i + kRowsAhead < rows) prefetch(next[order[i + kRowsAhead]], 0, lines);
-        const int64_t r = order[i];
-        uint16_t* list = offsets + (panels > 1 ? r * kList : 0);  // of use to one panel only, it stays in L1
-        decode(w, r0 + r, k0, bytes, r, list);
-        add_row<V>(list, values[r], counts[r], xt + k0 * L, sums + r * L, k0 == 0);
+      if (k0 + kTile <= w.K) {
+        tile<true>(w, rows, k0, xt, padded, panels, sums);
+      } else {
+        tile<false>(w, rows, k0, xt, padded, panels, sums);
       }
-      for (int64_t q = 1; q < panels; q++)
-        for (int64_t i = 0; i < rows; i++) {
-          const int64_t r = order[i];
-          add_row<V>(offsets + r * kList, values[r], counts[r], xt + q * padded * L + k0 * L,
-                     sums + (q * kRowBlock + r) * L, k0 == 0);
-        }
     }
     finish(p, r0, r1, panels, first_token, sums);
   }
 
+  // Adds the product of the columns from k0 on to the sums; kWhole says that all of a tile's columns exist.
+  template <bool kWhole>
+  void tile(const RowWeight& w, int64_t rows, int64_t k0, const float* xt, int64_t padded, int64_t panels,
+            float* sums) {
+    sort_by_count<kWhole>(rows, k0, w.K);
+    // Rows are decoded kRowsAhead before they are used: by then their list has left the store buffer, which could not
+    // forward it in pieces of another size, and their values are in L1.
+    uint8_t* list = columns;
+    float* widened = wide;
+    for (int64_t i = 0; i < rows + kRowsAhead; i++) {
+      if (i < rows) {
+        Row& row = order[i];
+        prefetch(next[row.row], 0, row.count * static_cast<int64_t>(sizeof(T)) / 64 + 1);
+        row.list = list;
+        list += decode<kWhole>(masks[row.row] + k0 / 8, w.K - k0, list);
+        if (panels == 1 && list > columns + kRing) list = columns;  // used once, a short ring of them stays in L1
+      }
+      if (i >= kRowsAhead) {
+        Row& row = order[i - kRowsAhead];
+        row.values = widen_values(next[row.row], row.count, widened);
+        next[row.row] += row.count;
+        if (panels > 1) widened += kIsFloat<T> ? 0 : row.count;
+        add_row<V>(row.list, row.values, row.count, xt + k0 * L, sums + row.row * L, k0 == 0);
+      }
+    }
+    for (int64_t q = 1; q < panels; q++)
+      for (int64_t i = 0; i < rows; i++)
+        add_row<V>(order[i].list, order[i].values, order[i].count, xt + (q * padded + k0) * L,
+                   sums + (q * kRowBlock + order[i].row) * L, k0 == 0);
+  }
+
   // Counts the stored values of each row in the tile from k0 on, and orders the rows by them, so that the loops over a
   // row's values end where the processor predicts it.
-  FASTICL_INLINE void sort_by_count(const RowWeight& w, int64_t r0, int64_t rows, int64_t k0, int64_t bytes) {
+  template <bool kWhole>
+  FASTICL_INLINE void sort_by_count(int64_t rows, int64_t k0, int64_t K) {
     uint16_t first[kTile + 2] = {};
     for (int64_t r = 0; r < rows; r++) {
       int count = 0;
-      for (int64_t k = k0; k < k0 + kTile && k < w.K; k += kWord)
-        count += __builtin_popcountll(mask_word(w.bitmask + (r0 + r) * bytes, k / kWord, bytes));
-      counts[r] = count;
+      for (int64_t i = 0; i < kWords && (kWhole || k0 + i * kWord < K); i++)
+        count += __builtin_popcountll(mask_word(masks[r] + k0 / 8, i, kWhole ? kTile : K - k0));
+      counts[r] = static_cast<uint16_t>(count);
       first[count + 1]++;
     }
     for (int64_t c = 0; c <= kTile; c++) first[c + 1] = static_cast<uint16_t>(first[c + 1] + first[c]);
-    for (int64_t r = 0; r < rows; r++) order[first[counts[r]]++] = static_cast<uint16_t>(r);
+    for (int64_t r = 0; r < rows; r++) {
+      Row& row = order[first[counts[r]]++];
+      row.count = counts[r];
+      row.row = static_cast<int32_t>(r);
+    }
   }
 
-  // The stored columns of row `row` in the tile from k0 on, as byte offsets into the tile of x^T, and their values.
-  FASTICL_INLINE void decode(const RowWeight& w, int64_t row, int64_t k0, int64_t bytes, int64_t r, uint16_t* list) {
-    const uint8_t* mask = w.bitmask + row * bytes;
+  // Lists the stored columns of the tile whose mask is given, of which `left` exist; returns their number.
+  template <bool kWhole>
+  static FASTICL_INLINE int decode(const uint8_t* mask, int64_t left, uint8_t* list) {
     int count = 0;
-    for (int64_t k = k0; k < k0 + kTile && k < w.K; k += kWord) {
-      const uint64_t m = mask_word(mask, k / kWord, bytes);
-      const uint16_t base = static_cast<uint16_t>((k - k0) * L * 4);
-      count += append_set_bits(static_cast<uint32_t>(m), base, L * 4, list + count);
-      count += append_set_bits(static_cast<uint32_t>(m >> 32), static_cast<uint16_t>(base + 32 * L * 4), L * 4,
-                               list + count);
-    }
-    values[r] = widen_values(next[r], count, wide + (kIsFloat<T> ? 0 : r * kList));
-    next[r] += count;
+    for (int64_t i = 0; i < kWords && (kWhole || i * kWord < left); i++)
+      count +=
+          append_set_bits(mask_word(mask, i, kWhole ? kTile : left), static_cast<uint8_t>(i * kWord), list + count);
+    return count;
   }
 
   void finish(const LinearParams& p, int64_t r0, int64_t r1, int64_t panels, int64_t first_token, const float* sums) {
     const T* bias = static_cast<const T*>(p.bias);
     for (int64_t q = 0; q < panels; q++)
-      for (int64_t r = r0; r < r1; r += kLanes) {
-        const Vec b = bias ? load_n(bias + r, r1 - r) : zero();
-        for (int v = 0; v < V; v++) {
+      for (int v = 0; v < V; v++) {
+        const int64_t m0 = first_token + q * L + v * kLanes;
+        for (int64_t r = r0; r < r1; r += kLanes) {
+          const Vec b = bias ? load_n(bias + r, r1 - r) : zero();
           Vec s[kLanes];
           for (int i = 0; i < kLanes; i++)
-            s[i] = r + i < r1 ? load(sums + (q * kRowBlock + r - r0 + i) * L + v * kLanes) : zero();
+            s[i] = load(sums + (q * kRowBlock + least(r + i, r1 - 1) - r0) * L + v * kLanes);
           transpose16(s);
-          for (int i = 0; i < kLanes; i++) {
-            const int64_t m = first_token + q * L + v * kLanes + i;
-            if (m >= p.M) break;
-            store_n(static_cast<T*>(p.y) + m * p.y_stride + r, activate(p.activation, s[i] + b), r1 - r);
+          T* y = static_cast<T*>(p.y) + m0 * p.y_stride + r;
+          if (m0 + kLanes <= p.M && r + kLanes <= r1) {
+            for (int i = 0; i < kLanes; i++) store(y + i * p.y_stride, activate(p.activation, s[i] + b));
+          } else {
+            for (int i = 0; i < kLanes && m0 + i < p.M; i++)
+              store_n(y + i * p.y_stride, activate(p.activation, s[i] + b), r1 - r);
           }
         }
       }
@@ -384,7 +460,7 @@ void run_many(const LinearParams& p, int64_t m0, int64_t m1) {
                          xt + q * padded * Kernel::L);
 #pragma omp barrier
       const int64_t n0 = first_row(w, t, T_), n1 = first_row(w, t + 1, T_);
-      T* spare = spare_scratch.get<T>(static_cast<size_t>(kRowBlock * (w.K + 2 * kLanes)));
+      uint8_t* spare = spare_scratch.get<uint8_t>(static_cast<size_t>(kRowBlock * spare_row_bytes<T>(w.K)));
       for (int64_t r = n0; r < n1; r += kRowBlock)
         kernel->block(block, r, std::min(r + kRowBlock, n1), xt, padded, panels, first, sums, spare);
     }

@@ -97,14 +97,13 @@ FASTICL_INLINE Vec permute32(const float* window, const uint8_t* index) {
   return {_mm512_permutex2var_ps(_mm512_loadu_ps(window), i, _mm512_loadu_ps(window + 16))};
 }
 
-// Appends unit * i + base to out for each set bit i of mask; returns their number. May write 32 entries.
-FASTICL_INLINE int append_set_bits(uint32_t mask, uint16_t base, uint16_t unit, uint16_t* out) {
-  const __m512i iota = _mm512_set_epi16(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12,
-                                        11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const __m512i all = _mm512_add_epi16(_mm512_mullo_epi16(iota, _mm512_set1_epi16(static_cast<int16_t>(unit))),
-                                       _mm512_set1_epi16(static_cast<int16_t>(base)));
-  _mm512_storeu_si512(out, _mm512_maskz_compress_epi16(mask, all));
-  return _mm_popcnt_u32(mask);
+// Appends base + i to out for each set bit i of mask; returns their number. May write 64 entries.
+FASTICL_INLINE int append_set_bits(uint64_t mask, uint8_t base, uint8_t* out) {
+  const __m512i iota = _mm512_set_epi64(0x3f3e3d3c3b3a3938, 0x3736353433323130, 0x2f2e2d2c2b2a2928, 0x2726252423222120,
+                                        0x1f1e1d1c1b1a1918, 0x1716151413121110, 0x0f0e0d0c0b0a0908, 0x0706050403020100);
+  const __m512i all = _mm512_add_epi8(iota, _mm512_set1_epi8(static_cast<char>(base)));
+  _mm512_storeu_si512(out, _mm512_maskz_compress_epi8(mask, all));
+  return static_cast<int>(_mm_popcnt_u64(mask));
 }
 
 // Transposes the 16x16 matrix whose row i is r[i].
@@ -263,14 +262,13 @@ FASTICL_INLINE Vec permute32(const float* window, const uint8_t* index) {
   return {permute32(window, _mm256_cvtepu8_epi32(i)), permute32(window, _mm256_cvtepu8_epi32(_mm_srli_si128(i, 8)))};
 }
 
-FASTICL_INLINE int append_set_bits(uint32_t mask, uint16_t base, uint16_t unit, uint16_t* out) {
+FASTICL_INLINE int append_set_bits(uint64_t mask, uint8_t base, uint8_t* out) {
   int n = 0;
-  for (int b = 0; b < 4; b++) {
+  for (int b = 0; b < 8; b++) {
     const uint32_t m = mask >> (8 * b) & 0xff;
-    const __m128i at = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kByteMasks.position[m])));
-    const __m128i offset = _mm_mullo_epi16(at, _mm_set1_epi16(static_cast<int16_t>(unit)));
-    const __m128i first = _mm_set1_epi16(static_cast<int16_t>(base + 8 * b * unit));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + n), _mm_add_epi16(offset, first));
+    const __m128i at = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kByteMasks.position[m]));
+    const __m128i first = _mm_set1_epi8(static_cast<char>(base + 8 * b));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(out + n), _mm_add_epi8(at, first));
     n += _mm_popcnt_u32(m);
   }
   return n;
@@ -429,9 +427,9 @@ FASTICL_INLINE Vec expand(const T* p, uint32_t mask) {
 FASTICL_INLINE Vec permute32(const float* window, const uint8_t* index) {
   return each([&](int i) { return window[index[i]]; });
 }
-FASTICL_INLINE int append_set_bits(uint32_t mask, uint16_t base, uint16_t unit, uint16_t* out) {
+FASTICL_INLINE int append_set_bits(uint64_t mask, uint8_t base, uint8_t* out) {
   int n = 0;
-  for (; mask; mask &= mask - 1) out[n++] = static_cast<uint16_t>(base + unit * __builtin_ctz(mask));
+  for (; mask; mask &= mask - 1) out[n++] = static_cast<uint8_t>(base + __builtin_ctzll(mask));
   return n;
 }
 FASTICL_INLINE void transpose16(Vec* r) {

@@ -17,29 +17,33 @@ constexpr int kMaxSlicedTokens = 8;
 constexpr int kMaxSlicedTokens = 4;
 #endif
 
-// Tokens [0, B) of one slice: out[b * 16 + lane].
+// Tokens [0, B) of one slice: out[b * 16 + lane]. Summed by blocks of steps, for the accuracy of long rows.
 template <class T, int B>
 void slice_tokens(const uint8_t* step, int64_t steps, const T* p, const float* x, int64_t x_stride, float* out) {
   constexpr int U = B <= 2 ? kUnroll : B <= 4 ? 2 : 1;
-  Vec acc[U][B];
-  for (int u = 0; u < U; u++)
-    for (int b = 0; b < B; b++) acc[u][b] = zero();
-  for (int64_t i = 0; i < steps; i += kUnroll)
-    for (int j = 0; j < kUnroll; j++, step += kStepBytes) {
-      uint16_t mask, window;
-      __builtin_memcpy(&mask, step, 2);
-      __builtin_memcpy(&window, step + 2, 2);
-      if (j == 0) __builtin_prefetch(reinterpret_cast<const char*>(p) + 4096);
-      if (j == 2) __builtin_prefetch(reinterpret_cast<const char*>(p) + 4096 + 64);
-      const Vec v = expand(p, mask);
-      p += __builtin_popcount(mask);
-      for (int b = 0; b < B; b++) acc[j % U][b] = fma(v, permute32(x + b * x_stride + window, step + 4), acc[j % U][b]);
-    }
-  for (int b = 0; b < B; b++) {
-    Vec s = acc[0][b];
-    for (int u = 1; u < U; u++) s = s + acc[u][b];
-    store(out + b * kLanes, s);
+  Vec total[B];
+  for (int b = 0; b < B; b++) total[b] = zero();
+  for (int64_t first = 0; first < steps; first += kBlockSteps) {
+    Vec acc[U][B];
+    for (int u = 0; u < U; u++)
+      for (int b = 0; b < B; b++) acc[u][b] = zero();
+    const int64_t last = steps < first + kBlockSteps ? steps : first + kBlockSteps;
+    for (int64_t i = first; i < last; i += kUnroll)
+      for (int j = 0; j < kUnroll; j++, step += kStepBytes) {
+        uint16_t mask, window;
+        __builtin_memcpy(&mask, step, 2);
+        __builtin_memcpy(&window, step + 2, 2);
+        if (j == 0) __builtin_prefetch(reinterpret_cast<const char*>(p) + 4096);
+        if (j == 2) __builtin_prefetch(reinterpret_cast<const char*>(p) + 4096 + 64);
+        const Vec v = expand(p, mask);
+        p += __builtin_popcount(mask);
+        for (int b = 0; b < B; b++)
+          acc[j % U][b] = fma(v, permute32(x + b * x_stride + window, step + 4), acc[j % U][b]);
+      }
+    for (int u = 0; u < U; u++)
+      for (int b = 0; b < B; b++) total[b] = total[b] + acc[u][b];
   }
+  for (int b = 0; b < B; b++) store(out + b * kLanes, total[b]);
 }
 
 // Values from `first` on, with 32 elements behind them that may be read.
@@ -127,6 +131,8 @@ namespace fasticl {
 constexpr int kStepBytes = 20;
 constexpr int kWindow = 32;  // columns
 constexpr int kUnroll = 4;   // steps
+constexpr int kBlockSteps = 64;
+static_assert(kBlockSteps % kUnroll == 0, "a slice has whole groups of steps");
 static_assert(kStepBytes == 2 + 2 + 16, "mask, window, an index a lane");
 
 struct SlicedParams {

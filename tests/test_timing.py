@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from collections import Counter
 
 import pytest
 
-from fasticl.timing import CALIBRATION_SAMPLES, interleaved
+from fasticl.timing import CALIBRATION_SAMPLES, interleaved, workers_apart
 
 
 def busy(ms: float) -> None:
@@ -31,8 +33,9 @@ def test_contenders_take_turns() -> None:
     order: list[str] = []
     interleaved({name: lambda name=name: (order.append(name), busy(1.1)) for name in "ab"}, seconds=0.02)
     timed = order[2 * (1 + CALIBRATION_SAMPLES) :]  # after the warm-up and the calibrating calls of each
-    assert sorted(timed[:2]) == sorted(timed[2:4]) == ["a", "b"]
-    assert timed[:2] == timed[2:4][::-1]  # the order turns round
+    assert timed[::2] == timed[1::2]  # a sample is one call here, and one before it wakes the threads
+    assert sorted(timed[:4:2]) == sorted(timed[4:8:2]) == ["a", "b"]
+    assert timed[:4] == timed[4:8][::-1]  # the order turns round
 
 
 def test_copies_are_used_evenly() -> None:
@@ -45,9 +48,9 @@ def test_copies_are_used_evenly() -> None:
 
 def test_slow_contenders_get_their_samples() -> None:
     calls: list[None] = []
-    timings = interleaved({"slow": lambda: (calls.append(None), busy(20))}, seconds=1e-3, min_samples=3)
+    timings = interleaved({"slow": lambda: (calls.append(None), busy(25))}, seconds=1e-3, min_samples=3)
     assert len(calls) == 1 + CALIBRATION_SAMPLES + 3  # warm-up, calibration and three samples
-    assert timings["slow"].ms_p50 == pytest.approx(20, rel=0.2)
+    assert timings["slow"].ms_p50 == pytest.approx(25, rel=0.2)
 
 
 def test_one_slow_calibrating_call_does_not_shorten_the_samples() -> None:
@@ -66,6 +69,28 @@ def test_synchronize_ends_each_sample() -> None:
     timing = interleaved({"launch": lambda: None}, seconds=0.02, synchronize=lambda: (waits.append(None), busy(1.0)))
     assert waits
     assert timing["launch"].ms_p50 * timing["launch"].repeats >= 1.0
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="threads have no affinity here")
+def test_workers_apart_keeps_threads_off_the_callers_cpu_and_restores_them() -> None:
+    stop = threading.Event()
+    worker = threading.Thread(target=stop.wait)
+    worker.start()
+    try:
+        threads = (0, worker.native_id)
+        before = [os.sched_getaffinity(thread) for thread in threads]
+        with workers_apart():
+            caller, other = (os.sched_getaffinity(thread) for thread in threads)
+        assert [os.sched_getaffinity(thread) for thread in threads] == before
+    finally:
+        stop.set()
+        worker.join()
+    if len(before[0]) == 1:
+        assert [caller, other] == before
+    else:
+        assert len(caller) == 1
+        assert caller | other == before[0]
+        assert not caller & other
 
 
 @pytest.mark.parametrize(
