@@ -16,8 +16,8 @@ void row_linear(const LinearParams& p) { run_row_linear(p); }
 namespace fasticl {
 
 void row_linear(LinearParams p) {
-  const int64_t stored = p.weight.row_start(p.weight.N);
-  if (stored * p.M < kThreadWork) p.threads = 1;
+  const RowWeight& w = p.weight;  // each position costs the decoding of its bit, each stored value M multiply-adds
+  if (2 * w.N * w.K + w.row_start(w.N) * p.M < kThreadWork) p.threads = 1;
   FASTICL_DISPATCH(row_linear(p));
 }
 

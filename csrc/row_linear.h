@@ -15,7 +15,7 @@ constexpr int kMaxTokens = 4;
 constexpr int kChains = 4;  // of two registers each
 #endif
 constexpr int64_t kWord = 64;          // columns in one step of the first loop
-constexpr int64_t kRowBlock = 128;     // rows that share a tile of x^T while it is in L1
+constexpr int64_t kRowBlock = 256;     // rows that share a tile of x^T while it is in L1
 constexpr int64_t kRowsAhead = 8;      // rows whose values are fetched ahead
 constexpr int64_t kTokenBlock = 512;   // tokens whose x^T is packed together
 constexpr int64_t kTileBytes = 32768;  // of x^T: leaves a third of a 48 KiB L1 to values, lists and sums

@@ -33,8 +33,8 @@ void slice_tokens(const uint8_t* step, int64_t steps, const T* p, const float* x
         uint16_t mask, window;
         __builtin_memcpy(&mask, step, 2);
         __builtin_memcpy(&window, step + 2, 2);
-        if (j == 0) __builtin_prefetch(reinterpret_cast<const char*>(p) + 4096);
-        if (j == 2) __builtin_prefetch(reinterpret_cast<const char*>(p) + 4096 + 64);
+        __builtin_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes);  // a step has at most a line of float32
+        if (j % 2 == 0) __builtin_prefetch(step + kPrefetchBytes / 2);          // three steps have about one
         const Vec v = expand(p, mask);
         p += __builtin_popcount(mask);
         for (int b = 0; b < B; b++)
@@ -132,6 +132,8 @@ constexpr int kStepBytes = 20;
 constexpr int kWindow = 32;  // columns
 constexpr int kUnroll = 4;   // steps
 constexpr int kBlockSteps = 64;
+constexpr int kPrefetchBytes = 4096;
+constexpr int kStepWork = 64;  // multiply-adds that take as long as a step for one token
 static_assert(kBlockSteps % kUnroll == 0, "a slice has whole groups of steps");
 static_assert(kStepBytes == 2 + 2 + 16, "mask, window, an index a lane");
 
@@ -285,7 +287,7 @@ void bind_sliced_linear(py::module_& m) {
                        y_stride,
                        static_cast<DType>(dtype),
                        threads};
-        if (p.slice_offsets[2 * slices + 1] * M < kThreadWork) p.threads = 1;
+        if (p.slice_offsets[2 * slices] * kStepWork * M < kThreadWork) p.threads = 1;
         FASTICL_DISPATCH(sliced_linear(p));
       },
       "x"_a, "M"_a, "x_stride"_a, "K"_a, "values"_a, "steps"_a, "slice_offsets"_a, "row_order"_a, "slices"_a, "bias"_a,

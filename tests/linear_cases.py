@@ -24,7 +24,7 @@ from fasticl.ops import _registry as registry
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS = [None, "relu", "gelu", "gelu_tanh", "silu"]
 # (N, K) and why. For nm_linear K is rounded up to whole groups. In the kernels a vector has 16 lanes, a mask word 64
-# columns, a tile of x^T 256 columns (128 from 33 tokens on), a block 128 rows, a slice 16.
+# columns, a tile of x^T 256 columns (128 from 33 tokens on), a block 256 rows, a slice 16.
 SHAPES = {
     "one_row": (1, 100),
     "one_column": (70, 1),
@@ -33,7 +33,7 @@ SHAPES = {
     "k_of_8_not_16": (48, 72),
     "k_of_16_not_64": (17, 80),
     "whole_words": (64, 128),  # float32 x is read in place
-    "several_row_blocks": (131, 192),
+    "several_row_blocks": (530, 192),
     "several_tiles": (21, 1100),
     "long_rows": (40, 4096),  # rounding errors must not grow with K
 }
