@@ -203,12 +203,15 @@ def test_attention_case() -> None:
     check_rows(common.measure(case, HERE, **QUICK))
 
 
+@pytest.mark.parametrize("library", ["plain", "transformers"])
 @pytest.mark.parametrize("step", [bench_model.prefill, bench_model.decode])
-def test_model_case(step: Callable[..., Callable[[], Tensor]]) -> None:
-    pytest.importorskip("transformers")
+def test_model_case(step: Callable[..., Callable[[], Tensor]], library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if library == "transformers":
+        pytest.importorskip("transformers")
+    monkeypatch.setattr(sys.modules["fasticl.convert"], "SECONDS", 1e-3)
     sizes = {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 64, "n_positions": 256}
     with torch.no_grad():
-        rows = common.measure(bench_model.model_case("tiny", step, 1, **sizes), HERE, **QUICK)
+        rows = common.measure(bench_model.model_case(library, "tiny", step, 1, **sizes), HERE, **QUICK)
     check_rows(rows)
     assert {row["impl"] for row in rows} == {"torch", "masked", "fasticl", "fasticl+head"}
 
