@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fasticl import formats
+from fasticl.layers import MLP, fold_masks_
 from fasticl.nn import SparseLinear, SparseMLP, dense_weight
-from fasticl.prune import MLP, detect_pattern, fold_masks_
+from fasticl.prune import detect_pattern
 from fasticl.replaceable import (
     MLPModule,
     linears_of,

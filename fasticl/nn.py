@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.nn.utils import prune
 from fasticl import formats, ops
 from fasticl.formats import PackedWeight, SlicedLayout
 from fasticl.icl.model import FusedICLTransformer, ICLTransformer
+from fasticl.layers import is_linear
 from fasticl.ops._registry import check_activation, needs_grad
 
 __all__ = ["FusedICLTransformer", "ICLTransformer", "SparseLinear", "SparseMLP"]
@@ -29,12 +30,6 @@ _OPS = {
     "bitmap": torch.ops.fasticl.bitmap_linear, "nm": torch.ops.fasticl.nm_linear,
     "sliced": torch.ops.fasticl.sliced_linear,
 }  # fmt: skip
-
-
-def is_linear(module: object) -> TypeGuard[nn.Module]:
-    """Whether it is an nn.Linear, GPT-2's Conv1D (transformers is not imported) or a SparseLinear."""
-    conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-    return conv1d or isinstance(module, nn.Linear | SparseLinear)
 
 
 def dense_weight(linear: nn.Module) -> Tensor:

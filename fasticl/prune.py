@@ -13,6 +13,7 @@ config                score                                                     
 Everywhere: N outputs, K inputs, ``W [N, K]`` (the ``[K, N]`` weight of GPT-2's Conv1D is read transposed). Of n scores
 exactly ``round(sparsity * n)`` go (half to even, as in :mod:`torch.nn.utils.prune`), whatever ties there are: of equal
 scores the earlier ones stay. Zeros score 0, so what was already pruned goes first. Shared weights are pruned once.
+:mod:`fasticl.layers` finds the layers, neurons and heads.
 """
 
 from __future__ import annotations
@@ -21,14 +22,23 @@ import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, prune
 
-Filter = Callable[[nn.Module, str], bool]
+from fasticl.layers import (
+    Filter,
+    Group,
+    Layer,
+    default_filter,
+    distinct_groups,
+    distinct_layers,
+    find_heads,
+    find_layers,
+    find_neurons,
+    fold_masks_,
+)
 
 _N_OF_M = {"2:4": (2, 4), "4:8": (4, 8), "8:16": (8, 16)}  # n of every m consecutive inputs stay
 _BLOCK = 1 << 22  # scores held at once: 16 MiB of float32
@@ -159,8 +169,9 @@ def sparsify_(
 
     Args:
         model: any module. Layers are its ``nn.Linear`` and transformers ``Conv1D`` modules; neurons those of
-            :func:`find_mlps`; heads those of attention modules with ``q_proj, k_proj, v_proj`` and ``o_proj`` or
-            ``out_proj`` (Llama, OPT), ``c_attn`` and ``c_proj`` (GPT-2), ``query_key_value`` and ``dense`` (GPT-NeoX).
+            :func:`fasticl.layers.find_mlps`; heads those of attention modules with ``q_proj, k_proj, v_proj`` and
+            ``o_proj`` or ``out_proj`` (Llama, OPT), ``c_attn`` and ``c_proj`` (GPT-2), ``query_key_value`` and
+            ``dense`` (GPT-NeoX).
         config: :class:`Magnitude`, :class:`Wanda` or :class:`NeuronActivation`.
         calibration: batches of model inputs, each a tensor (``model(x)``), a tuple or list (``model(*x)``) or a mapping
             (``model(**x)``), already on the model's device. Needed by Wanda and NeuronActivation, unused by Magnitude.
@@ -186,90 +197,11 @@ def sparsify_(
     if not isinstance(config, Magnitude):
         _check_calibration(config, calibration)
     fold_masks_(model)
-    accept = filter_fn or _default_filter(model)
+    accept = filter_fn or default_filter(model)
     with torch.no_grad():
         if isinstance(config, NeuronActivation) or config.pattern in ("neuron", "head"):
             return _sparsify_structured(model, config, calibration, accept)
         return _sparsify_weights(model, config, calibration, accept)
-
-
-@dataclass(frozen=True)
-class MLP:
-    """``down(act(up(x)))``, or ``down(act(gate(x)) * up(x))`` with a gate; ``name`` is the path of their parent."""
-
-    name: str
-    up: nn.Module
-    down: nn.Module
-    gate: nn.Module | None = None
-
-    @property
-    def linears(self) -> tuple[nn.Module, ...]:
-        return (self.up, self.down) if self.gate is None else (self.up, self.down, self.gate)
-
-
-_MLP_CHILDREN: tuple[tuple[str, ...], ...] = (  # up, down[, gate]
-    ("up_proj", "down_proj", "gate_proj"),  # Llama, Mistral, Qwen, Gemma
-    ("c_fc", "c_proj"),  # GPT-2
-    ("dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX
-    ("fc1", "fc2"),  # OPT
-    ("linear1", "linear2"),  # nn.TransformerEncoderLayer
-)
-_ELEMENTWISE = (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.Mish, nn.ReLU6, nn.Softplus)
-
-
-def find_mlps(model: nn.Module) -> list[MLP]:
-    """The MLPs of a model, in module order.
-
-    Found by the names of a module's children (Llama and its kin, GPT-2, GPT-NeoX, OPT, ``nn.TransformerEncoderLayer``),
-    where only an elementwise activation is taken to lie between up and down, and as ``Linear, activation, [Dropout,]
-    Linear`` in an ``nn.Sequential``. There neighbours may share a linear: the down of one is the up of the next.
-    """
-    mlps = []
-    for path, module in model.named_modules():
-        children = dict(module.named_children())
-        for names in _MLP_CHILDREN:
-            linears = [child for name in names if _is_linear(child := children.get(name))]
-            if len(linears) == len(names) and len({_hidden_size(*pair) for pair in enumerate(linears)}) == 1:
-                mlps.append(MLP(path, *linears))
-        if type(module).forward is nn.Sequential.forward:
-            steps = [step for step in children.values() if not isinstance(step, nn.Dropout)]
-            for up, activation, down in zip(steps, steps[1:], steps[2:], strict=False):
-                if _is_linear(up) and isinstance(activation, _ELEMENTWISE) and _is_linear(down):
-                    mlps.append(MLP(path, up, down))
-    return mlps
-
-
-def fold_masks_(model: nn.Module) -> list[str]:
-    """Make the masks of ``torch.nn.utils.prune`` and ``torch.ao.pruning`` permanent: ``weight = weight_orig * mask``.
-
-    Returns:
-        The names of the parameters that had a mask.
-
-    Raises:
-        ValueError: if a masked parameter is shared with a module that has no mask, or another one.
-    """
-    uses: dict[int, list[tuple[str, Tensor | None]]] = {}  # parameter -> who reads it, through which mask
-    folds: dict[str, Callable[[], object]] = {}
-    for path, module in model.named_modules():
-        for child, parameter in module.named_parameters(path, recurse=False, remove_duplicate=False):
-            uses.setdefault(id(parameter), []).append((child, _mask_of(module, child.rpartition(".")[2])))
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, prune.BasePruningMethod):
-                folds[_join(path, hook._tensor_name)] = partial(prune.remove, module, hook._tensor_name)
-        if parametrize.is_parametrized(module):
-            for name, steps in module.parametrizations.items():
-                if all(map(_is_fake_sparsity, steps)):
-                    folds[_join(path, name)] = partial(parametrize.remove_parametrizations, module, name)
-    for users in uses.values():
-        (first, mask), *others = sorted(users, key=lambda user: user[1] is None)
-        for other, other_mask in others:
-            if mask is not None and (other_mask is None or not torch.equal(mask, other_mask)):
-                raise ValueError(
-                    f"{first} is masked, but {other} shares the parameter with another mask or none: untie them"
-                )
-    for fold in folds.values():
-        fold()
-    return list(folds)
 
 
 def detect_pattern(weight: Tensor) -> str:
@@ -295,32 +227,6 @@ def detect_pattern(weight: Tensor) -> str:
     return "unstructured"
 
 
-def _mask_of(module: nn.Module, tensor: str) -> Tensor | None:
-    """The mask through which ``module`` reads its parameter called ``tensor``."""
-    if tensor.endswith("_orig"):
-        return module._buffers.get(tensor.removesuffix("_orig") + "_mask")
-    if isinstance(module, parametrize.ParametrizationList) and all(map(_is_fake_sparsity, module)):
-        mask = torch.ones((), dtype=torch.bool)
-        for step in module:
-            mask = mask & (step.mask != 0)
-        return mask
-    return None
-
-
-def _is_fake_sparsity(step: nn.Module) -> bool:
-    return type(step).__name__ == "FakeSparsity"  # torch.ao.pruning, which may be gone from a torch to come
-
-
-def _hidden_size(role: int, linear: nn.Module) -> int:
-    """The outputs of up (role 0) and gate (2), the inputs of down (1): unequal where ``up`` makes its gate too."""
-    weight: Tensor = linear.weight  # type: ignore[assignment]
-    return weight.shape[(role == 1) != _is_conv1d(linear)]
-
-
-def _join(path: str, child: str) -> str:
-    return f"{path}.{child}" if path else child
-
-
 def _check_config(sparsity: float, pattern: str, patterns: tuple[str, ...]) -> None:
     if isinstance(sparsity, bool) or not isinstance(sparsity, int | float):
         raise TypeError(f"expected sparsity to be a number, got {type(sparsity).__name__}")
@@ -342,60 +248,7 @@ def _check_calibration(config: Wanda | NeuronActivation, calibration: Iterable[A
         raise TypeError(f"expected an iterable of batches for {name}, such as a list, got {type(calibration).__name__}")
 
 
-@dataclass(frozen=True)
-class _Layer:
-    name: str
-    module: nn.Module
-    weight: Tensor  # [N, K], a view of the parameter
-
-    @property
-    def key(self) -> Hashable:
-        """Equal for layers that share their weight."""
-        return self.weight.device, self.weight.data_ptr(), self.weight.shape, self.weight.stride()
-
-    @property
-    def bias(self) -> list[Tensor]:
-        bias = self.module._parameters.get("bias")
-        return [] if bias is None else [bias.detach()]
-
-
-def _is_conv1d(module: object) -> bool:
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")  # transformers, without importing it
-
-
-def _is_linear(module: object) -> TypeGuard[nn.Module]:
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
-
-
-def _layer(module: nn.Module, name: str) -> _Layer:
-    weight = module._parameters.get("weight")
-    if weight is None:
-        raise ValueError(f"{name}: expected a plain weight parameter, got one computed by a parametrization or a hook")
-    if weight.is_meta or nn.parameter.is_lazy(weight):
-        raise ValueError(f"{name}: expected a weight with data, got one that is not materialised")
-    if not weight.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point weight, got {weight.dtype}")
-    data = weight.detach()
-    return _Layer(name, module, data.t() if _is_conv1d(module) else data)
-
-
-def _default_filter(model: nn.Module) -> Filter:
-    output = set()  # parameters that embed tokens or score the vocabulary
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            output.add(id(module.weight))
-        elif callable(get := getattr(module, "get_output_embeddings", None)) and (head := get()) is not None:
-            output.update(map(id, head.parameters()))
-
-    def accept(module: nn.Module, name: str) -> bool:
-        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-            return False
-        return name.rpartition(".")[2] != "lm_head" and id(module._parameters.get("weight")) not in output
-
-    return accept
-
-
-def _check_layers(layers: Iterable[_Layer], m: int = 1) -> None:
+def _check_layers(layers: Iterable[Layer], m: int = 1) -> None:
     for layer in layers:
         if layer.weight.shape[1] % m:
             raise ValueError(f"{layer.name}: expected K to be a multiple of {m}, got K = {layer.weight.shape[1]}")
@@ -403,24 +256,16 @@ def _check_layers(layers: Iterable[_Layer], m: int = 1) -> None:
             raise ValueError(f"{layer.name}: expected finite weights, got NaN or inf")
 
 
-def _distinct(layers: Iterable[_Layer]) -> list[_Layer]:
-    """Shared weights once, under their first name."""
-    first: dict[Hashable, _Layer] = {}
-    for layer in layers:
-        first.setdefault(layer.key, layer)
-    return list(first.values())
-
-
 def _blocks(weight: Tensor) -> tuple[Tensor, ...]:
     """Views of ``weight [N, K]``: blocks of rows ``[R, K]``."""
     return weight.split(max(1, _BLOCK // max(weight.shape[1], 1)))
 
 
-def _zeros(layers: Iterable[_Layer]) -> list[int]:
+def _zeros(layers: Iterable[Layer]) -> list[int]:
     return [layer.weight.numel() - int(layer.weight.count_nonzero()) for layer in layers]
 
 
-def _report(layers: list[_Layer], zeros_before: list[int], pattern: str, score: str) -> SparsityReport:
+def _report(layers: list[Layer], zeros_before: list[int], pattern: str, score: str) -> SparsityReport:
     return SparsityReport(
         tuple(
             LayerSparsity(layer.name, (layer.weight.shape[0], layer.weight.shape[1]), before, after, pattern, score)
@@ -432,10 +277,10 @@ def _report(layers: list[_Layer], zeros_before: list[int], pattern: str, score: 
 def _sparsify_weights(
     model: nn.Module, config: Magnitude | Wanda, calibration: Iterable[Any] | None, accept: Filter
 ) -> SparsityReport:
-    found = [_layer(child, name) for name, child in model.named_modules() if _is_linear(child) and accept(child, name)]
+    found = find_layers(model, accept)
     if not found:
         raise ValueError("expected at least one nn.Linear or Conv1D that filter_fn accepts, got none")
-    layers = _distinct(found)
+    layers = distinct_layers(found)
     n, m = _N_OF_M.get(config.pattern, (1, 1))
     _check_layers(layers, m)
     zeros_before = _zeros(layers)
@@ -540,11 +385,11 @@ def _all_but_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
 
 
 def _input_means(
-    model: nn.Module, layers: list[_Layer], calibration: Iterable[Any] | None, function: Callable[[Tensor], Tensor]
+    model: nn.Module, layers: list[Layer], calibration: Iterable[Any] | None, function: Callable[[Tensor], Tensor]
 ) -> dict[Hashable, Tensor]:
     """``mean over tokens of function(x) [K]`` in float64 for the input ``x [..., K]`` of each layer, in one pass.
 
-    Keyed by ``_Layer.key``: layers that share a weight share the mean over all that it multiplies.
+    Keyed by ``Layer.key``: layers that share a weight share the mean over all that it multiplies.
     """
     sums: dict[Hashable, tuple[Tensor | float, int]] = {}
 
@@ -602,34 +447,18 @@ def _hooked(model: nn.Module, hooks: list[tuple[nn.Module, Callable[..., None]]]
         torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
-@dataclass(frozen=True)
-class _Group:
-    """The H neurons of an MLP, or heads of an attention; of ``view [V, ...]``, unit h owns entry ``h * V // H``."""
-
-    size: int
-    layers: tuple[_Layer, ...]
-    weights: tuple[Tensor, ...]
-    biases: tuple[Tensor, ...]
-
-    def zero_(self, units: Tensor) -> None:
-        """Zero the units where the mask ``[H]`` is true; an entry of several units (grouped keys) needs all of them."""
-        for view in (*self.weights, *self.biases):
-            if len(view):
-                view[units.to(view.device).view(len(view), -1).all(1)] = 0
-
-
 def _sparsify_structured(
     model: nn.Module, config: Magnitude | Wanda | NeuronActivation, calibration: Iterable[Any] | None, accept: Filter
 ) -> SparsityReport:
     heads = isinstance(config, Magnitude) and config.pattern == "head"
-    found = _attentions(model, accept) if heads else _neurons(model, accept)
+    found = find_heads(model, accept) if heads else find_neurons(model, accept)
     if not found:
         what = "an attention module" if heads else "an MLP"
         raise ValueError(
             f"expected {what} of a known layout that filter_fn accepts, got none in {type(model).__name__}"
         )
-    groups = _distinct_groups(found)
-    layers = _distinct(layer for group in groups for layer in group.layers)
+    groups = distinct_groups(found)
+    layers = distinct_layers(layer for group in groups for layer in group.layers)
     _check_layers(layers)
     zeros_before = _zeros(layers)
     if isinstance(config, NeuronActivation):
@@ -663,99 +492,7 @@ def _norms(view: Tensor) -> Tensor:
     return torch.linalg.vector_norm(view, dim=tuple(range(1, view.dim())), dtype=dtype)
 
 
-def _head_norms(group: _Group) -> Tensor:
+def _head_norms(group: Group) -> Tensor:
     """``sqrt(||W_q[h]||^2 + ||W_k[h]||^2 + ||W_v[h]||^2 + ||W_o[:, h]||^2)``, ``[H]``."""
     squares = [_norms(view).square().repeat_interleave(group.size // len(view)) for view in group.weights]
     return torch.stack(squares).sum(0).sqrt()
-
-
-def _distinct_groups(groups: list[_Group]) -> list[_Group]:
-    """Groups that share all their weights once; one that shares some of them cannot be pruned on its own."""
-    seen: dict[tuple[int, Hashable], tuple[Hashable, ...]] = {}
-    distinct: list[_Group] = []
-    for group in groups:
-        keys = tuple(layer.key for layer in group.layers)
-        same = [seen.setdefault((role, key), keys) == keys for role, key in enumerate(keys)]
-        if not all(same):
-            name = group.layers[same.index(False)].name
-            raise ValueError(f"{name}: expected an MLP or attention to share all its weights or none, got some")
-        if keys not in (tuple(layer.key for layer in other.layers) for other in distinct):
-            distinct.append(group)
-    return distinct
-
-
-def _neurons(model: nn.Module, accept: Filter) -> list[_Group]:
-    names = {id(module): name for name, module in model.named_modules()}
-    groups = []
-    for mlp in find_mlps(model):
-        if not all(accept(linear, names[id(linear)]) for linear in mlp.linears):
-            continue
-        layers = tuple(_layer(linear, names[id(linear)]) for linear in mlp.linears)
-        up, down, *gate = layers
-        biases = tuple(bias for layer in (up, *gate) for bias in layer.bias)
-        weights = (up.weight, down.weight.t(), *(layer.weight for layer in gate))  # [H, K] or, of down, [H, N]
-        groups.append(_Group(len(up.weight), layers, weights, biases))
-    return groups
-
-
-_ATTENTION_CHILDREN = (  # what makes queries, keys and values; output
-    (("q_proj", "k_proj", "v_proj"), "o_proj"),  # Llama, Mistral, Qwen, Gemma
-    (("q_proj", "k_proj", "v_proj"), "out_proj"),  # OPT
-    (("c_attn",), "c_proj"),  # GPT-2: [3, H, D] rows
-    (("query_key_value",), "dense"),  # GPT-NeoX: [H, 3, D] rows
-)
-
-
-def _attentions(model: nn.Module, accept: Filter) -> list[_Group]:
-    groups = []
-    for path, module in model.named_modules():
-        children = dict(module.named_children())
-        for inputs, output in _ATTENTION_CHILDREN:
-            linears = {
-                _join(path, name): child for name in (*inputs, output) if _is_linear(child := children.get(name))
-            }
-            if len(linears) == len(inputs) + 1 and all(accept(child, name) for name, child in linears.items()):
-                layers = tuple(_layer(child, name) for name, child in linears.items())
-                if inputs == ("c_attn",) and not _is_conv1d(layers[0].module):
-                    raise ValueError(
-                        f"{layers[0].name}: expected Conv1D, got nn.Linear, whose order of q, k, v is unknown"
-                    )
-                groups.append(_heads(path, layers, _num_heads(path, module, model)))
-    return groups
-
-
-def _num_heads(path: str, module: nn.Module, model: nn.Module) -> int:
-    names = ("num_heads", "num_attention_heads", "n_heads", "n_head")
-    for owner in (module, getattr(module, "config", None), getattr(model, "config", None)):
-        for name in names:
-            if isinstance(heads := getattr(owner, name, None), int) and heads > 0:
-                return heads
-    raise ValueError(f"{path}: expected one of {', '.join(names)} on the module, its config or model.config, got none")
-
-
-def _heads(path: str, layers: tuple[_Layer, ...], heads: int) -> _Group:
-    """Views by head of the rows of q, k and v and of the columns of the output."""
-    *inputs, output = layers
-    rows, width = [len(layer.weight) for layer in inputs], output.weight.shape[1]
-    size = width // heads  # D
-    shape: tuple[int, ...]
-    if len(inputs) == 3:
-        shared = rows[1] // max(size, 1)  # heads of k and v
-        known = rows[0] == width and rows[1] == rows[2] == shared * size and shared > 0 and heads % shared == 0
-        shape = (-1, size)
-    else:
-        known = rows[0] == 3 * width
-        shape = (3, heads, size) if _is_conv1d(inputs[0].module) else (heads, 3 * size)
-    if width % heads or not known:
-        raise ValueError(
-            f"{path}: expected rows of q, k and v for {heads} heads and an output of K = {width}, "
-            f"got {', '.join(f'{layer.name} with {n} rows' for layer, n in zip(inputs, rows, strict=True))}"
-        )
-
-    def split(tensor: Tensor) -> tuple[Tensor, ...]:  # [rows, ...] -> [heads, D, ...]
-        view = tensor.unflatten(0, shape)
-        return view.unbind(0) if len(shape) == 3 else (view,)
-
-    weights = [view for layer in inputs for view in split(layer.weight)]
-    biases = [view for layer in inputs for bias in layer.bias for view in split(bias)]
-    return _Group(heads, layers, (*weights, output.weight.t().unflatten(0, (heads, size))), tuple(biases))

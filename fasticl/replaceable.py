@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from fasticl import formats
-from fasticl.nn import SparseLinear, SparseMLP, dense_bias, dense_weight, frozen_linear, is_linear
+from fasticl.layers import MLP, find_mlps, is_linear, join
+from fasticl.nn import SparseLinear, SparseMLP, dense_bias, dense_weight, frozen_linear
 from fasticl.ops._registry import ACTIVATIONS
-from fasticl.prune import MLP, find_mlps
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def linears_of(model: nn.Module, smaller: Mapping[nn.Module, nn.Module]) -> list
         if module in seen:
             return
         seen.add(module)
-        if is_linear(module):
+        if is_linear(module) or isinstance(module, SparseLinear):
             stored = module.values if isinstance(module, SparseLinear) else module.weight
             plain = type(stored) in (Tensor, nn.Parameter)  # neither quantized, distributed nor lazy
             if plain and not stored.is_meta:
@@ -47,7 +47,7 @@ def linears_of(model: nn.Module, smaller: Mapping[nn.Module, nn.Module]) -> list
             return
         for child_name, child in module._modules.items():
             if child is not None:
-                visit(_join(name, child_name), child)
+                visit(join(name, child_name), child)
 
     visit("", model)
     return found
@@ -101,7 +101,7 @@ def weight_readers(model: nn.Module) -> dict[str, str]:
     for name, module in model.named_modules():
         forwards = [vars(base)["forward"] for base in type(module).__mro__ if "forward" in vars(base)]
         for path in set[str]().union(*map(_weights_read, forwards)):
-            found[_join(name, path)] = type(module).__name__
+            found[join(name, path)] = type(module).__name__
     return found
 
 
@@ -114,10 +114,6 @@ def _weights_read(forward: Callable[..., object]) -> list[str]:
         return []
 
 
-def _join(name: str, child: str) -> str:
-    return f"{name}.{child}" if name else child
-
-
 def mlp_modules(model: nn.Module, skip: Sequence[str]) -> list[MLPModule]:
     """Modules that one op can replace: MLPs alone, dense, with an activation that the kernels have."""
     found = []
@@ -125,7 +121,7 @@ def mlp_modules(model: nn.Module, skip: Sequence[str]) -> list[MLPModule]:
     plain = {linear for _, linear in linears_of(model, {})}
     for mlp in find_mlps(model):
         module = model.get_submodule(mlp.name)
-        names = {child: _join(mlp.name, name) for name, child in module.named_children()}
+        names = {child: join(mlp.name, name) for name, child in module.named_children()}
         inside = {part for linear in mlp.linears for part in linear.modules()}
         others = [part for part in module.modules() if part not in inside]
         if (

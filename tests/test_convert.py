@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 import fasticl
+from fasticl.layers import find_mlps
 from fasticl.nn import SparseLinear, SparseMLP
 from fasticl.timing import Timing
 
@@ -162,7 +163,7 @@ def test_tied_head(skip: tuple[str, ...]) -> None:
 def test_dead_neurons_are_removed(family: str) -> None:
     model = FAMILIES[family][0]().eval()
     with torch.no_grad():
-        for mlp in fasticl.prune.find_mlps(model):
+        for mlp in find_mlps(model):
             rows = mlp.down.weight.T if isinstance(mlp.down, nn.Linear) else mlp.down.weight
             rows[::3] = 0  # one entry, or row, a hidden neuron
     ids = torch.randint(0, 96, (2, 7))

@@ -16,7 +16,8 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as torch_prune
 
 import fasticl.prune as P
-from fasticl.prune import Magnitude, NeuronActivation, Wanda, detect_pattern, find_mlps, fold_masks_, sparsify_
+from fasticl.layers import find_mlps, fold_masks_
+from fasticl.prune import Magnitude, NeuronActivation, Wanda, detect_pattern, sparsify_
 
 N_OF_M = {"2:4": (2, 4), "4:8": (4, 8), "8:16": (8, 16)}
 
