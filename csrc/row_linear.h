@@ -1,6 +1,6 @@
 // y = act(x W^T + b) for a weight stored by rows (linear.h), in two loops:
 //   few tokens   a row's stored values are expanded to columns in registers, each vector used for up to kMaxTokens
-//                tokens; x stays in L1. Bound by memory at one token.
+//                tokens; x stays in L1 unless it is long. Bound by memory at one token.
 //   many tokens  tokens lie in lanes: per stored value one broadcast and V multiply-adds whose operand is a row of
 //                x^T in L1; zeros cost nothing but the decoding of their bits, done once for all tokens.
 // Included inside a target's namespace after simd.h and activation.h; no include guard.
@@ -469,13 +469,22 @@ void run_many(const LinearParams& p, int64_t m0, int64_t m1) {
 
 // ---- choice ------------------------------------------------------------------------------------------------
 
+// Whether M <= kMaxTokens tokens are faster in the first loop, by its cycles for 64 columns against those of the
+// second: lines fitted to one AVX-512 core. The first pays for every token, more if their x is too long for L1; the
+// second for every stored value.
+inline bool few_pay(const RowWeight& w, int64_t M) {
+  const double few = M * w.K * 4 <= 5 * kTileBytes / 4 ? 9 + 3.5 * M : 4 + 7.5 * M;
+  const double density = static_cast<double>(w.row_start(w.N)) / (static_cast<double>(w.N) * w.K);
+  return few <= 16 + 130 * density;
+}
+
 template <class T>
 void run_rows(LinearParams p) {
   const RowWeight& w = p.weight;
   if (!w.bitmask) return run_few<T>(p);  // dense
-  // Tokens that the second loop takes: whole panels of 64, and what is left in the smallest panel that holds it.
+  // Whole panels of 64 tokens, and what is left in the smallest panel that holds it or in the first loop.
   int64_t done = 0;
-  while (p.M - done > kMaxTokens) {
+  while (done < p.M) {
     const int64_t left = p.M - done;
     if (left > 32) {
       const int64_t whole = left % 64 > 32 || left % 64 == 0 ? left : left / 64 * 64;
@@ -484,16 +493,15 @@ void run_rows(LinearParams p) {
     } else if (left > 16) {
       run_many<T, 2>(p, done, p.M);
       done = p.M;
-    } else {
+    } else if (left > kMaxTokens || !few_pay(w, left)) {
       run_many<T, 1>(p, done, p.M);
       done = p.M;
+    } else {
+      p.x = static_cast<const T*>(p.x) + done * p.x_stride;
+      p.y = static_cast<T*>(p.y) + done * p.y_stride;
+      p.M = left;
+      return run_few<T>(p);
     }
-  }
-  if (done < p.M) {
-    p.x = static_cast<const T*>(p.x) + done * p.x_stride;
-    p.y = static_cast<T*>(p.y) + done * p.y_stride;
-    p.M -= done;
-    run_few<T>(p);
   }
 }
 

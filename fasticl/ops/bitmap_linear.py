@@ -24,8 +24,8 @@ def bitmap_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, a
     Returns:
         ``[..., N]`` in ``x.dtype``; products accumulate in float32, the result is rounded once.
 
-    Where a weight is not stored, x is multiplied by zero for up to 8 tokens (4 without AVX-512, and for so many that a
-    larger batch leaves over), else skipped: an infinite or NaN x there gives NaN, as in the dense product, or nothing.
+    Where a weight is not stored, a few tokens (at most 8, 4 without AVX-512, and fewer the sparser the weight) are
+    multiplied by zero, more are not: an infinite or NaN x there gives NaN, as in the dense product, or nothing.
 
     Raises:
         TypeError: ``x`` or ``bias`` is not of the weight's dtype, or ``weight`` is no PackedWeight.

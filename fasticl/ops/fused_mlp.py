@@ -15,7 +15,8 @@ from fasticl.ops.bitmap_linear import cpu as bitmap_cpu
 from fasticl.ops.nm_linear import cpu as nm_cpu
 from fasticl.ops.sliced_linear import cpu as sliced_cpu
 
-MAX_DENSE_TOKENS = 8  # dense weights of more tokens go to torch's matmul
+# For how many tokens the row kernel multiplies dense weights; else torch does, whose float32 is as fast for one or two.
+DENSE_TOKENS = {torch.float32: (3, 8), torch.bfloat16: (1, 8), torch.float16: (1, 8)}
 
 
 def fused_mlp(
@@ -113,7 +114,8 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
     """The row kernel on a dense weight for a few tokens; torch's matmul beyond."""
     N, K = weight.shape
     M = x.numel() // K if K else 0
-    if not 0 < M <= MAX_DENSE_TOKENS or weight.stride() != (K, 1):
+    least, most = DENSE_TOKENS[x.dtype]
+    if not least <= M <= most or weight.stride() != (K, 1):
         return registry.apply_activation(torch.nn.functional.linear(x, weight, bias), activation)
     x2, bias = registry.rows(x), registry.contiguous(bias)
     y = x.new_empty((*x.shape[:-1], N))
