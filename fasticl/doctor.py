@@ -14,7 +14,6 @@ import fasticl
 from fasticl import _C
 
 _PACKAGES = (
-    "torch",
     "numpy",
     "triton",
     "safetensors",
@@ -39,6 +38,7 @@ def diagnose() -> dict[str, Any]:
         "versions": {
             "fasticl": fasticl.__version__,
             "python": platform.python_version(),
+            "torch": torch.__version__,  # names the build, which the package's version may not
             **{package: _version(package) for package in _PACKAGES},
         },
         "cpu": {

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
 from typer.testing import CliRunner
 
 import fasticl
@@ -25,7 +24,7 @@ SMALL_CASES = (
 )
 
 
-def invoke(*arguments: str) -> Result:
+def invoke(*arguments: str) -> Any:
     return CliRunner().invoke(app, list(arguments))
 
 

@@ -150,9 +150,9 @@ def _flatten(name: str, x: Tensor, weight: Tensor | PackedWeight, shape: tuple[i
     if weight.format == "nm":
         return [weight.values, weight.bitmask]
     portable = [weight.values, weight.bitmask, weight.row_offsets]
-    if weight.sliced is None:
+    if (layout := weight.sliced) is None:
         return portable
-    return [*portable, *vars(weight.sliced).values()]
+    return [*portable, layout.values, layout.steps, layout.slice_offsets, layout.row_order]
 
 
 def _dense(weight: list[Tensor], K: int) -> Tensor:
