@@ -110,9 +110,16 @@ def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def rows(x: Tensor) -> Tensor:
-    """``x [..., K]`` as a matrix ``[M, K]`` whose last dimension is contiguous; a copy only where strides force one."""
-    if x.dim() == 2 and x.stride(1) == 1:
-        return x
-    x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 is ambiguous for empty tensors
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+def rows(x: Tensor) -> tuple[Tensor, int, int]:
+    """``x [..., K]`` as a matrix ``[M, K]`` with contiguous rows: the tensor that holds it, M, and the row stride.
+
+    A copy only where strides force one. Hold the tensor for as long as a kernel uses its address.
+    """
+    K = x.shape[-1]
+    if x.is_contiguous():  # the usual case: no view is made
+        return x, x.numel() // K if K else math.prod(x.shape[:-1]), K
+    if x.dim() != 2:
+        x = x.reshape(math.prod(x.shape[:-1]), K)  # -1 is ambiguous for empty tensors
+    if x.stride(1) != 1 and K > 1:
+        x = x.contiguous()
+    return x, x.shape[0], x.stride(0)

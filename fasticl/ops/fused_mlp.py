@@ -117,10 +117,11 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
     least, most = DENSE_TOKENS[x.dtype]
     if not least <= M <= most or weight.stride() != (K, 1):
         return registry.apply_activation(torch.nn.functional.linear(x, weight, bias), activation)
-    x2, bias = registry.rows(x), registry.contiguous(bias)
+    x2, M, stride = registry.rows(x)
+    bias = registry.contiguous(bias)
     y = x.new_empty((*x.shape[:-1], N))
     _C.nm_linear(
-        x2.data_ptr(), M, x2.stride(0), weight.data_ptr(), 0, N, K, K, registry.address(bias),
+        x2.data_ptr(), M, stride, weight.data_ptr(), 0, N, K, K, registry.address(bias),
         registry.ACTIVATIONS[activation], y.data_ptr(), N, registry.DTYPES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return y

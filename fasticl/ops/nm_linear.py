@@ -49,10 +49,11 @@ def cpu(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, activat
     if not _linear.kernel_takes(x):
         return reference(x, values, bitmask, bias, activation)
     N, K = bitmask.shape[0], x.shape[-1]
-    x2, bias = registry.rows(x), registry.contiguous(bias)
+    x2, M, stride = registry.rows(x)
+    bias = registry.contiguous(bias)
     y = x.new_empty((*x.shape[:-1], N))
     _C.nm_linear(
-        x2.data_ptr(), x2.shape[0], x2.stride(0), values.data_ptr(), bitmask.data_ptr(), N, K,
+        x2.data_ptr(), M, stride, values.data_ptr(), bitmask.data_ptr(), N, K,
         values.numel() // N if N else 0, registry.address(bias), registry.ACTIVATIONS[activation], y.data_ptr(), N,
         registry.DTYPES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip

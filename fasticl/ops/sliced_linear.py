@@ -68,10 +68,11 @@ def cpu(
     M = x.numel() // K if K else 0
     if M > MAX_TOKENS or K == 0 or not _linear.kernel_takes(x):
         return bitmap_cpu(x, values, bitmask, row_offsets, bias, activation)
-    x2, bias = registry.rows(x), registry.contiguous(bias)
+    x2, M, stride = registry.rows(x)
+    bias = registry.contiguous(bias)
     y = x.new_empty((*x.shape[:-1], N))
     _C.sliced_linear(
-        x2.data_ptr(), M, x2.stride(0), K, sliced_values.data_ptr(), steps.data_ptr(), slice_offsets.data_ptr(),
+        x2.data_ptr(), M, stride, K, sliced_values.data_ptr(), steps.data_ptr(), slice_offsets.data_ptr(),
         row_order.data_ptr(), slice_offsets.shape[0] - 1, registry.address(bias), registry.ACTIVATIONS[activation],
         y.data_ptr(), N, registry.DTYPES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
