@@ -25,9 +25,9 @@ COLUMNS = (
 CASE_COLUMNS = ("op", "device", "dtype", "shape", "batch", "cache", "threads")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# A thread pool spins after its last job, for 10 to 150 ms, and would take a core from the contender that runs next on
-# another pool. The process has settled when it used less than a quarter of a core for as long as this.
-SETTLED_SECONDS = 0.02
+# A thread pool spins after its last job, for 2 to 150 ms, and would take a core from the contender that runs next on
+# another pool. The process has settled when for so long it used little more than the one core that waits.
+SETTLED_SECONDS = 0.012
 # Long enough to be about calls in a row, as in a decoding loop, not about the first ones after a pause.
 SAMPLE_MS = 15.0
 
@@ -202,10 +202,12 @@ def measure(
 
 
 def _settle() -> None:
-    for _ in range(25):
-        before = time.process_time()
-        time.sleep(SETTLED_SECONDS)
-        if time.process_time() - before < SETTLED_SECONDS / 4:
+    """Waits without sleeping: a virtual machine that falls idle may find its cores share a physical one afterwards."""
+    for _ in range(40):
+        start, before = time.perf_counter(), time.process_time()
+        while time.perf_counter() - start < SETTLED_SECONDS:
+            pass
+        if time.process_time() - before < 1.4 * SETTLED_SECONDS:
             return
 
 
