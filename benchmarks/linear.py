@@ -81,11 +81,9 @@ def dense_contenders(x: Tensor, weight: Tensor, cache: str) -> list[Contender]:
         calls["numpy"] = rotated(lambda w: torch.from_numpy(x_numpy @ w.T), weight.numpy(), bytes_of(weight), cache)
         if x.shape[0] >= ONNXRUNTIME_FROM_BATCH and (matmul := onnxruntime_matmul(weight)) is not None:
             calls["onnxruntime"] = [lambda: torch.from_numpy(matmul(x_numpy))]
-    # The others are here to be compared with: held to the order of torch's error, not to twice it.
-    loose = replace(truth, tolerance=10 * truth.tolerance)
     return [
         Contender(
-            impl, turns, truth if impl == "torch" else loose, size, flops,
+            impl, turns, truth if impl == "torch" else truth.loose(), size, flops,
             dense=impl != "onnxruntime", own_pool=impl != "torch",
         )
         for impl, turns in calls.items()
