@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import product
 from math import log2
@@ -30,17 +31,23 @@ NUMBER = FuncFormatter(lambda value, _: f"{value:g}")
 
 
 def panels(rows: Sequence[Row], op: str) -> dict[tuple[str, str, str], list[list[Row]]]:
-    """Cases of ``op``, batches ascending, by (dtype, shape, title); removed neurons apart from single zeros."""
+    """Cases of ``op``, batches ascending, by (dtype, shape, title).
+
+    Removed neurons are apart from single zeros, and cold from hot weights of shapes that were measured with both.
+    """
     found: dict[tuple[str, str, str], list[list[Row]]] = {}
-    for case in sorted(by_case(rows).values(), key=lambda case: int(case[0]["batch"])):
-        if case[0]["op"] == op:
-            patterns = {row["pattern"] for row in case if row["impl"] == "fasticl"}
-            apart = "neuron" in patterns
-            for group in [{pattern} for pattern in sorted(patterns, reverse=True)] if apart else [patterns]:
-                shown = [row for row in case if row["impl"] != "fasticl" or row["pattern"] in group]
-                title = ", neurons removed" if group == {"neuron"} else ", single zeros" if apart else ""
-                shown.sort(key=lambda row: float(row["sparsity"]))
-                found.setdefault((case[0]["dtype"], case[0]["shape"], title), []).append(shown)
+    cases = [case for case in by_case(rows).values() if case[0]["op"] == op]
+    places = Counter((case[0]["dtype"], case[0]["shape"], case[0]["batch"]) for case in cases)
+    both = {shape for (_, shape, _), count in places.items() if count > 1}
+    for case in sorted(cases, key=lambda case: int(case[0]["batch"])):
+        patterns = {row["pattern"] for row in case if row["impl"] == "fasticl"}
+        apart = "neuron" in patterns
+        for group in [{pattern} for pattern in sorted(patterns, reverse=True)] if apart else [patterns]:
+            shown = [row for row in case if row["impl"] != "fasticl" or row["pattern"] in group]
+            title = ", neurons removed" if group == {"neuron"} else ", single zeros" if apart else ""
+            title += f", {case[0]['cache']}" if case[0]["shape"] in both else ""
+            shown.sort(key=lambda row: float(row["sparsity"]))
+            found.setdefault((case[0]["dtype"], case[0]["shape"], title), []).append(shown)
     return found
 
 

@@ -16,7 +16,7 @@ constexpr int kChains = 4;  // of two registers each
 #endif
 constexpr int64_t kWord = 64;          // columns in one step of the first loop
 constexpr int64_t kRowBlock = 256;     // rows that share a tile of x^T while it is in L1
-constexpr int64_t kRowsAhead = 8;      // rows whose values are fetched ahead
+constexpr int64_t kRowsAhead = 8;      // rows that are decoded, and their values fetched, ahead
 constexpr int64_t kTokenBlock = 512;   // tokens whose x^T is packed together
 constexpr int64_t kTileBytes = 32768;  // of x^T: leaves a third of a 48 KiB L1 to values, lists and sums
 
@@ -58,9 +58,9 @@ FASTICL_INLINE const uint8_t* row_mask(const RowWeight& w, int64_t n, uint8_t* s
   return spare;
 }
 
-// Bits of the columns [64 i, 64 i + 64) of a mask, of which the first `left` columns exist.
 FASTICL_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Bits of the columns [64 i, 64 i + 64) of a mask, of which the first `left` columns exist.
 FASTICL_INLINE uint64_t mask_word(const uint8_t* mask, int64_t i, int64_t left) {
   uint64_t bits;
   __builtin_memcpy(&bits, mask + 8 * i, 8);
