@@ -1,7 +1,7 @@
 """A GPT-2-124M-shaped model with random weights: a prompt of 128 tokens, and one more token after it.
 
 Twice: as transformers runs it, and as a plain module without what transformers does around the layers (masks, cache
-objects, hooks), which takes a fifth of its time for one token here.
+objects, hooks).
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ COLUMNS = (
 CASE_COLUMNS = ("op", "device", "dtype", "shape", "batch", "cache", "threads")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# A thread pool spins after its last job, for 2 to 150 ms, and would take a core from the contender that runs next on
+# A thread pool goes on spinning after its last job, and would take a core from the contender that runs next on
 # another pool. The process has settled when for so long it used little more than the one core that waits.
 SETTLED_SECONDS = 0.012
 # Long enough to be about calls in a row, as in a decoding loop, not about the first ones after a pause.

@@ -481,7 +481,7 @@ inline bool few_pay(const RowWeight& w, int64_t M) {
 template <class T>
 void run_rows(LinearParams p) {
   const RowWeight& w = p.weight;
-  if (!w.bitmask || w.K == 0) return run_few<T>(p);  // dense, or nothing to add to the second loop's sums
+  if (!w.bitmask) return run_few<T>(p);  // dense, or without columns: an empty bitmask has no address
   // Whole panels of 64 tokens, and what is left in the smallest panel that holds it or in the first loop.
   int64_t done = 0;
   while (done < p.M) {

@@ -114,7 +114,7 @@ FASTICL_INLINE Vec dot_rows(const Rows& r, int64_t i, int64_t n, const float* x)
 }
 
 // acc[c] = acc[c] * scale + sum_i weight[i] r[i, c] for C vectors of columns from `first` on. The n rows behind these
-// are prefetched meanwhile, worth 5 %: the arithmetic between two blocks would leave the memory idle.
+// are prefetched meanwhile: the arithmetic between two blocks would leave the memory idle.
 template <int C>
 FASTICL_INLINE void add_columns(const Rows& r, int64_t n, const float* weight, Vec scale, int64_t first, float* acc) {
   constexpr int U = kAddColumns / C;  // chains, to hide the latency of the multiply-add

@@ -51,6 +51,30 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
+@pytest.mark.parametrize(
+    ("at_1", "at_128", "packed"),
+    [
+        (1.5, 0.97, True),  # a loss within the noise of timing, outweighed
+        (1.5, 0.9, False),  # a loss
+        (1.01, 0.97, False),  # slower in the mean
+    ],
+)
+def test_a_loss_within_the_noise_must_be_outweighed(clock: Clock, at_1: float, at_128: float, packed: bool) -> None:
+    clock.gain = lambda contender, tokens: at_1 if tokens == 1 else at_128
+    model = nn.Sequential(nn.Linear(64, 48))
+    fasticl.sparsify_(model, fasticl.Magnitude(0.5))
+    assert bool(fasticl.convert(model, format="bitmap").converted) == packed
+
+
+@pytest.mark.parametrize(("gain", "times"), [(3.0, 1), (1.1, 2), (0.9, 2), (0.3, 1)])
+def test_what_is_near_the_border_is_timed_again(clock: Clock, gain: float, times: int) -> None:
+    clock.gain = lambda contender, tokens: gain
+    model = nn.Sequential(nn.Linear(64, 48))
+    fasticl.sparsify_(model, fasticl.Magnitude(0.5))
+    fasticl.convert(model, format="bitmap", tokens=(4,))
+    assert len(clock.timed) == times
+
+
 def make_llama() -> nn.Module:
     return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
