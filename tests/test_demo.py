@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 import fasticl
 from fasticl.demo import DemoError, Settings, icl, lm, plots, report
-from fasticl.demo.stages import Stages
 from fasticl.demo.tasks import RELATIONS, SHOTS, few_shot_prefix, questions
 from fasticl.demo.texts import calibration_text, evaluation_text
+from fasticl.icl import Training
+from fasticl.stages import Stages
 
 pytest.importorskip("matplotlib")
 transformers = pytest.importorskip("transformers")
@@ -164,7 +165,7 @@ def test_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_untrained_one_layer_model_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(icl, "train", lambda *_, **__: [1.0])
+    monkeypatch.setattr(icl, "train", lambda *_, **__: Training([1.0]))
     failures: list[str] = []
     icl.run(Settings(quick=True), Stages(Console(quiet=True)), failures)
     assert len(failures) == 2

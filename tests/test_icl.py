@@ -41,7 +41,7 @@ def trained() -> tuple[ICLData, ICLTransformer, list[float]]:
     """The recipe, 64 neurons and 400 steps; about 1.5 s on one core. Tests leave it as it is."""
     data, generator = ICLData(), rng()
     model = ICLTransformer(generator=generator)
-    return data, model, train(model, data, generator=generator)
+    return data, model, train(model, data, generator=generator).losses
 
 
 def formula(model: ICLTransformer, context: Tensor, query: Tensor) -> Tensor:
@@ -503,7 +503,7 @@ def test_training_reproduces_and_reports_progress():
             length=5,
             generator=rng(1),
             progress=lambda step, loss: calls.append((step, loss)),
-        )
+        ).losses
         runs.append((losses, model.W_O.detach()))
     assert runs[0][0] == runs[1][0]
     assert runs[0][1].equal(runs[1][1])
@@ -518,7 +518,7 @@ def test_training_step_is_plain_sgd_on_the_training_tasks():
     F = expected(prompts.context, prompts.query)
     loss = (1 - prompts.target * F).clamp(min=0).mean()
     gradients = torch.autograd.grad(loss, list(expected.parameters()))
-    losses = train(model, data, steps=1, batch=8, lr=lr, length=5, alpha=0.9, generator=rng(1))
+    losses = train(model, data, steps=1, batch=8, lr=lr, length=5, alpha=0.9, generator=rng(1)).losses
     assert losses == [loss.item()]
     for weight, start, gradient in zip(model.parameters(), expected.parameters(), gradients, strict=True):
         torch.testing.assert_close(weight, start - lr * gradient)

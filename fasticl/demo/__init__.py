@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fasticl.demo.stages import Stages
+from fasticl.stages import Stages
 
 
 class DemoError(RuntimeError):

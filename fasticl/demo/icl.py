@@ -15,7 +15,7 @@ from fasticl.timing import interleaved
 
 if TYPE_CHECKING:
     from fasticl.demo import Settings
-    from fasticl.demo.stages import Stages
+    from fasticl.stages import Stages
 
 _LENGTH = 20  # context columns, L
 _TRAINED_HINGE = 0.1  # the loss starts at 1 and ends below .03; between lies a training that did not converge
@@ -29,7 +29,7 @@ def run(settings: Settings, stages: Stages, failures: list[str]) -> dict[str, An
     data = ICLData(seed=settings.seed)
     model = ICLTransformer(data.d_x, data.d_y, m, generator=generator).to(settings.device)
     with stages.stage(f"train the one-layer model, {m} neurons", total=steps) as advance, _one_thread():
-        losses = train(
+        training = train(
             model, data, steps=steps, lr=lr, length=_LENGTH, generator=generator, progress=lambda *_: advance()
         )
 
@@ -62,7 +62,7 @@ def run(settings: Settings, stages: Stages, failures: list[str]) -> dict[str, An
         "lr": lr,
         "prompt_length": _LENGTH,
         "test_prompts": prompts,
-        "losses": losses,
+        "losses": training.losses,
         "row_norms": model.neuron_scores().sort().values.tolist(),
         "pruning": curves,
         "time": timings,

@@ -25,7 +25,7 @@ from fasticl.timing import interleaved
 
 if TYPE_CHECKING:
     from fasticl.demo import Settings
-    from fasticl.demo.stages import Stages
+    from fasticl.stages import Stages
 
 SPARSITY = 0.5
 QUESTIONS = (

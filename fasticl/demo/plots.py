@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fasticl.demo import DemoError
+from fasticl.report import INK, axes, label, legend
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLORS = {"dense": "#9aa3ad", "masked": "#dd9a4a", "fasticl": "#1769aa"}
 NAMES = {"dense": "dense", "masked": "masked", "fasticl": "FastICL"}
-_INK, _FAINT = "#22272e", "#d8dde3"
 _DOMAINS = {"in_domain": ("in domain", "-"), "out_of_domain": ("out of domain", "--")}
 
 
@@ -39,48 +38,21 @@ def plot(results: Mapping[str, Any], folder: Path) -> dict[str, Path]:
     return files
 
 
-def _axes(count: int, *, width: float = 8.4, height: float = 3.0) -> tuple[Figure, list[Axes]]:
-    """A figure of ``count`` panels side by side; drawn by Agg, without pyplot's global state or a display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = list(figure.subplots(1, count, squeeze=False)[0])
-    for panel in panels:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.spines[["left", "bottom"]].set_color(_FAINT)
-        panel.tick_params(colors=_INK, labelsize=9, color=_FAINT)
-        panel.set_axisbelow(True)
-        panel.grid(axis="y", color=_FAINT, linewidth=0.6)
-    return figure, panels
-
-
-def _label(panel: Axes, title: str, x: str = "", y: str = "") -> None:
-    panel.set_title(title, loc="left", fontsize=10.5, color=_INK, fontweight="bold")
-    panel.set_xlabel(x, fontsize=9, color=_INK)
-    panel.set_ylabel(y, fontsize=9, color=_INK)
-
-
-def _legend(panel: Axes) -> None:
-    panel.legend(frameon=False, fontsize=8.5, labelcolor=_INK)
-
-
 def _training(icl: Mapping[str, Any]) -> Figure:
-    figure, (loss, norms) = _axes(2)
+    figure, (loss, norms) = axes(2)
     loss.plot(range(1, len(icl["losses"]) + 1), icl["losses"], color=COLORS["fasticl"], linewidth=1.4)
     loss.set_ylim(bottom=0)
-    _label(loss, "Training loss", "step", "hinge loss of the batch")
+    label(loss, "Training loss", "step", "hinge loss of the batch")
     norms.plot(
         [100 * i / icl["neurons"] for i in range(icl["neurons"])], icl["row_norms"], ".", color=COLORS["fasticl"]
     )
     norms.set_ylim(bottom=0)
-    _label(norms, "Two kinds of neurons", "neurons, smallest first, %", "row norm of W_O")
+    label(norms, "Two kinds of neurons", "neurons, smallest first, %", "row norm of W_O")
     return figure
 
 
 def _error(icl: Mapping[str, Any]) -> Figure:
-    figure, panels = _axes(2)
+    figure, panels = axes(2)
     for panel, (score, title) in zip(panels, {"hinge": "Hinge error", "zero_one": "0/1 error"}.items(), strict=True):
         for order, color in (("random order", COLORS["dense"]), ("smallest first", COLORS["fasticl"])):
             for domain, (name, line) in _DOMAINS.items():
@@ -94,31 +66,31 @@ def _error(icl: Mapping[str, Any]) -> Figure:
                     label=f"{order}, {name}",
                 )
         panel.set_ylim(0, 1 if score == "hinge" else 0.55)
-        _label(panel, title, "neurons pruned, %")
-    panels[1].axhline(0.5, color=_INK, linewidth=0.8, linestyle=":")
-    panels[1].annotate("chance", (0, 0.5), (2, 3), textcoords="offset points", fontsize=8.5, color=_INK)
-    panels[0].legend(frameon=False, fontsize=8.5, labelcolor=_INK, loc="upper left")
+        label(panel, title, "neurons pruned, %")
+    panels[1].axhline(0.5, color=INK, linewidth=0.8, linestyle=":")
+    panels[1].annotate("chance", (0, 0.5), (2, 3), textcoords="offset points", fontsize=8.5, color=INK)
+    panels[0].legend(frameon=False, fontsize=8.5, labelcolor=INK, loc="upper left")
     return figure
 
 
 def _time(icl: Mapping[str, Any]) -> Figure:
-    figure, (panel,) = _axes(1, width=5.6)
+    figure, (panel,) = axes(1, width=5.6)
     rates = [100 * row["rate"] for row in icl["time"]]
-    for name, label, color in (
+    for name, series, color in (
         ("eager_us", "PyTorch, eager", COLORS["dense"]),
         ("fasticl_us", "FastICL", COLORS["fasticl"]),
     ):
         panel.plot(
-            rates, [row[name] for row in icl["time"]], "o-", color=color, linewidth=1.6, markersize=4, label=label
+            rates, [row[name] for row in icl["time"]], "o-", color=color, linewidth=1.6, markersize=4, label=series
         )
     panel.set_ylim(bottom=0)
-    _label(panel, "Inference time", "neurons pruned, %", "microseconds per prompt")
-    _legend(panel)
+    label(panel, "Inference time", "neurons pruned, %", "microseconds per prompt")
+    legend(panel)
     return figure
 
 
 def _speed(variants: Mapping[str, Mapping[str, Any]]) -> Figure:
-    figure, panels = _axes(2, height=2.7)
+    figure, panels = axes(2, height=2.7)
     titles = {"prefill": "Prefill, tokens per second", "decode": "Decode, tokens per second"}
     for panel, (path, title) in zip(panels, titles.items(), strict=True):
         speeds = [variant[f"{path}_tokens_per_s"] for variant in variants.values()]
@@ -127,16 +99,16 @@ def _speed(variants: Mapping[str, Mapping[str, Any]]) -> Figure:
             bars,
             [f"{speed:,.0f}" if speed >= 100 else f"{speed:.1f}" for speed in speeds],
             fontsize=9,
-            color=_INK,
+            color=INK,
             padding=2,
         )
         panel.set_ylim(top=1.15 * max(speeds))
-        _label(panel, title)
+        label(panel, title)
     return figure
 
 
 def _few_shot(variants: Mapping[str, Mapping[str, Any]]) -> Figure:
-    figure, (panel,) = _axes(1, height=2.7)
+    figure, (panel,) = axes(1, height=2.7)
     relations = list(next(iter(variants.values()))["few_shot"])
     width = 0.8 / len(variants)
     for i, (name, variant) in enumerate(variants.items()):
@@ -145,6 +117,6 @@ def _few_shot(variants: Mapping[str, Mapping[str, Any]]) -> Figure:
         panel.bar(places, scores, 0.9 * width, color=COLORS[name], label=NAMES[name])
     panel.set_xticks(range(len(relations)), relations)
     panel.set_ylim(0, 1)
-    _label(panel, "Few-shot accuracy")
-    panel.legend(frameon=False, fontsize=8.5, labelcolor=_INK, loc="upper left", bbox_to_anchor=(1, 1))
+    label(panel, "Few-shot accuracy")
+    panel.legend(frameon=False, fontsize=8.5, labelcolor=INK, loc="upper left", bbox_to_anchor=(1, 1))
     return figure

@@ -1,53 +1,14 @@
-"""The demo's report: one HTML file with its style and plots inside, that needs no network."""
+"""The demo's report, from what ``results.json`` holds."""
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from fasticl.demo.plots import NAMES
-
-_STYLE = """
-:root { --ink: #22272e; --soft: #5c6670; --line: #e3e7eb; --paper: #ffffff; --wash: #f6f8fa; --accent: #1769aa; }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--wash); color: var(--ink); -webkit-font-smoothing: antialiased;
-  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", "Helvetica Neue", "DejaVu Sans", Arial, sans-serif; }
-main { max-width: 60rem; min-height: 100vh; margin: 0 auto; padding: 3.5rem 3rem 4rem; background: var(--paper); }
-h1 { font-size: 2.1rem; line-height: 1.2; letter-spacing: -.02em; margin: 0 0 .6rem; }
-h2 { font-size: 1.35rem; letter-spacing: -.01em; margin: 3.2rem 0 .4rem; padding-top: 1.2rem;
-  border-top: 1px solid var(--line); }
-h3 { font-size: 1rem; margin: 2rem 0 .5rem; }
-p { max-width: 44rem; margin: .5rem 0 1rem; }
-.lead, .note { color: var(--soft); }
-.note { font-size: .9rem; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: 1rem; margin: 1.8rem 0 1rem; }
-.card { background: var(--wash); border-radius: 8px; padding: 1rem 1.1rem; }
-.card b { display: block; font-size: 1.75rem; line-height: 1.2; letter-spacing: -.02em; color: var(--accent); }
-.card span { font-size: .85rem; color: var(--soft); line-height: 1.35; display: block; margin-top: .2rem; }
-.verdict { border-left: 4px solid #2e8555; background: #eef7f1; border-radius: 0 6px 6px 0; margin: 1.4rem 0;
-  padding: .7rem 1.1rem; }
-.verdict.bad { border-color: #b3362b; background: #fcefed; }
-.verdict p { margin: .15rem 0; max-width: none; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; margin: .8rem 0 1.4rem; font-size: .92rem;
-  font-variant-numeric: tabular-nums; }
-th { text-align: left; font-weight: 600; color: var(--soft); font-size: .82rem; border-bottom: 2px solid var(--line); }
-th, td { padding: .42rem .8rem .42rem 0; vertical-align: top; }
-td { border-bottom: 1px solid var(--line); }
-.number { text-align: right; padding-right: 1.1rem; }
-tr.ours td { font-weight: 600; color: var(--accent); }
-.answers td { width: 33%; font-size: .92rem; white-space: pre-line; overflow-wrap: anywhere; }
-.question { font-weight: 600; margin: 1.5rem 0 0; }
-img { display: block; max-width: 100%; margin: 1.2rem 0; }
-img.narrow { max-width: 66%; }
-pre { background: var(--wash); padding: 1rem; border-radius: 8px; overflow-x: auto;
-  font: .76rem/1.5 ui-monospace, "DejaVu Sans Mono", monospace; }
-summary { cursor: pointer; color: var(--accent); }
-@media print { body { background: none; } main { padding: 0; } }
-"""
+from fasticl.report import image, page, table
 
 
 def html(results: Mapping[str, Any], images: Mapping[str, Path]) -> str:
@@ -65,13 +26,7 @@ def html(results: Mapping[str, Any], images: Mapping[str, Path]) -> str:
     if results["lm"] is not None:
         sections.append(_language_model(results["lm"], images))
     sections += [_one_layer(results["icl"], images), _how(results)]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>FastICL demo</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(sections)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    return page("FastICL demo", sections)
 
 
 def _cards(results: Mapping[str, Any]) -> str:
@@ -122,7 +77,7 @@ def _language_model(lm: Mapping[str, Any], images: Mapping[str, Path]) -> str:
     columns = ("", "MB", "perplexity", "few-shot", "prefill tok/s", "vs dense", "decode tok/s", "vs dense")
     answers = "".join(
         f'<p class="question">{escape(row["question"])}</p>'
-        + _table([NAMES[name] for name in variants], [[row[name] for name in variants]], css="answers")
+        + table([NAMES[name] for name in variants], [[row[name] for name in variants]], css="answers")
         for row in lm["answers"]
     )
     checks = [
@@ -161,15 +116,15 @@ def _language_model(lm: Mapping[str, Any], images: Mapping[str, Path]) -> str:
         [
             f"<h2>{escape(lm['model'])}, {pruning['sparsity']:.0%} of its block weights gone</h2>",
             f"<p>{escape(summary)}</p>",
-            _table(columns, rows, ours=len(rows) - 1),
-            _image(images["lm-speed"], "Prefill and decode speed of the three models"),
+            table(columns, rows, ours=len(rows) - 1),
+            image(images["lm-speed"], "Prefill and decode speed of the three models"),
             "<h3>The same questions, greedy decoding</h3>",
             answers,
             "<h3>What pruning costs</h3>",
-            _image(images["lm-few-shot"], "Few-shot accuracy by relation"),
+            image(images["lm-few-shot"], "Few-shot accuracy by relation"),
             f'<p class="note">{escape(quality)}</p>',
             "<h3>Do FastICL and masked agree?</h3>",
-            _table(check_columns, checks),
+            table(check_columns, checks),
             f'<p class="note">{escape(agreement)}</p>',
             f"<details><summary>What each layer runs</summary><pre>{conversion}</pre></details>",
         ]
@@ -212,12 +167,10 @@ def _one_layer(icl: Mapping[str, Any], images: Mapping[str, Path]) -> str:
         [
             "<h2>The one-layer model, and why pruning works</h2>",
             f"<p>{escape(summary)}</p>",
-            _image(images["icl-training"], "Training loss; sorted row norms of the neurons"),
-            _image(
-                images["icl-error"], "Hinge and 0/1 error over the pruning rate, smallest first and in random order"
-            ),
-            _image(images["icl-time"], "Inference time over the pruning rate", css="narrow"),
-            _table(columns, rows),
+            image(images["icl-training"], "Training loss; sorted row norms of the neurons"),
+            image(images["icl-error"], "Hinge and 0/1 error over the pruning rate, smallest first and in random order"),
+            image(images["icl-time"], "Inference time over the pruning rate", css="narrow"),
+            table(columns, rows),
             f'<p class="note">{escape(note)}</p>',
         ]
     )
@@ -238,7 +191,7 @@ def _how(results: Mapping[str, Any]) -> str:
         "Contenders take turns in one process; speeds are ratios of medians of wall-clock time. Results are checked "
         "before they are timed. results.json, beside this file, holds all numbers."
     )
-    tables = [_table(("", ""), facts), _table(("stage", "seconds"), seconds), _table(("package", "version"), versions)]
+    tables = [table(("", ""), facts), table(("stage", "seconds"), seconds), table(("package", "version"), versions)]
     return "\n".join(["<h2>How this was measured</h2>", f"<p>{escape(how)}</p>", *tables])
 
 
@@ -249,22 +202,3 @@ def _threads(cpu: Mapping[str, Any]) -> str:
 def _pruned_at(icl: Mapping[str, Any]) -> Mapping[str, Any]:
     """The timed rate closest to a half."""
     return min(icl["time"], key=lambda row: abs(row["rate"] - 0.5))
-
-
-def _table(columns: Iterable[str], rows: Sequence[Sequence[str]], *, ours: int | None = None, css: str = "") -> str:
-    """``ours`` is the row to stand out. Columns of numbers go to the right."""
-    numeric = [bool(rows) and all(row[i][:1].isdigit() for row in rows) for i in range(len(rows[0]) if rows else 0)]
-    classes = ['class="number"' if right and css != "answers" else "" for right in numeric]
-
-    def line(tag: str, cells: Iterable[str]) -> str:
-        return "".join(f"<{tag} {c}>{escape(cell)}</{tag}>" for cell, c in zip(cells, classes, strict=True))
-
-    head = line("th", columns)
-    body = "".join(f"<tr{' class=ours' if i == ours else ''}>{line('td', row)}</tr>" for i, row in enumerate(rows))
-    table = f'<table class="{css}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-    return f'<div class="scroll">{table}</div>'
-
-
-def _image(path: Path, alternative: str, *, css: str = "") -> str:
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
-    return f'<img class="{css}" src="data:image/png;base64,{data}" alt="{escape(alternative)}">'

@@ -67,8 +67,11 @@ class ICLData:
         d_y: label dimension.
         beta: norm of every pattern.
         kappa: the largest coefficient of the irrelevant pattern.
+        label_noise: probability, below 1/2, that a context column of the task's two patterns carries the other label;
+            the paper has none. The query's label is never flipped.
         tasks_per_pattern: training tasks in which a given pattern is labelled +1, and in which it is labelled -1: the
-            training set covers all patterns and labels evenly, as the theory asks. ``M1 * tasks_per_pattern`` tasks.
+            training set covers all patterns and labels evenly, as the theory asks. ``M1 * tasks_per_pattern`` tasks; 1
+            is a minimal cover.
         patterns: the in-domain patterns, J = M1 and K = M2.
         q: ``[d_y]``, the label embedding, e_1.
         training_tasks: ``[M1 * tasks_per_pattern, 2]``, pairs (a, b).
@@ -85,6 +88,7 @@ class ICLData:
     d_y: int = 30
     beta: float = 2.0
     kappa: float = 0.5
+    label_noise: float = 0.0
     tasks_per_pattern: int = 3
     seed: int = 0
     patterns: Patterns = field(init=False, repr=False, compare=False)
@@ -108,6 +112,8 @@ class ICLData:
             raise ValueError(f"beta: expected finite and positive, got {self.beta}")
         if not (math.isfinite(self.kappa) and self.kappa >= 0):
             raise ValueError(f"kappa: expected finite and not negative, got {self.kappa}")
+        if not 0 <= self.label_noise < 0.5:
+            raise ValueError(f"label_noise: expected in [0, 0.5), got {self.label_noise}")
 
         generator = torch.Generator().manual_seed(self.seed)
         directions = torch.linalg.qr(_normal(self.d_x, self.d_x, generator=generator)).Q.T * self.beta
@@ -229,6 +235,8 @@ class ICLData:
         u = torch.rand(batch, length, generator=generator)
         pattern = torch.where(u < alpha / 2, a, torch.where(u < alpha, b, other))  # [B, L]
         label = torch.where(pattern == a, 1, torch.where(pattern == b, -1, coins(batch, length)))
+        if self.label_noise:  # of another pattern's label, a fair coin, a flip changes nothing
+            label = torch.where(torch.rand(batch, length, generator=generator) < self.label_noise, -label, label)
         target = coins(batch, 1)
         query_pattern = torch.where(target > 0, a, b)  # [B, 1]
 
