@@ -462,8 +462,7 @@ def _sparsify_structured(
     _check_layers(layers)
     zeros_before = _zeros(layers)
     if isinstance(config, NeuronActivation):
-        means = _input_means(model, [group.layers[1] for group in found], calibration, torch.abs)
-        scores = [means[group.layers[1].key] * _norms(group.layers[1].weight.t()) for group in groups]
+        scores = activation_scores(model, found, calibration)
     elif heads:
         scores = [_head_norms(group) for group in groups]
     else:
@@ -484,6 +483,19 @@ def _sparsify_structured(
     for group, mask in zip(groups, masks, strict=True):
         group.zero_(mask)
     return _report(layers, zeros_before, "head" if heads else "neuron", type(config).__name__)
+
+
+def activation_scores(model: nn.Module, mlps: list[Group], calibration: Iterable[Any] | None) -> list[Tensor]:
+    """:class:`NeuronActivation`'s score of the neurons of each of ``distinct_groups(mlps)``, ``[H]``, in one pass.
+
+    Args:
+        model: called with each batch.
+        mlps: of :func:`fasticl.layers.find_neurons`; where several share weights, means are over what all of them see.
+        calibration: batches, as for :func:`sparsify_`.
+    """
+    means = _input_means(model, [group.layers[1] for group in mlps], calibration, torch.abs)
+    downs = [group.layers[1] for group in distinct_groups(mlps)]
+    return [means[down.key] * _norms(down.weight.t()) for down in downs]
 
 
 def _norms(view: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fasticl.icl import ICLData, ICLTransformer, pruning_curve, train
-from fasticl.timing import interleaved
+from fasticl.icl.speed import inference_times
 
 if TYPE_CHECKING:
     from fasticl.demo import Settings
@@ -55,7 +54,22 @@ def run(settings: Settings, stages: Stages, failures: list[str]) -> dict[str, An
             )
 
     with stages.stage("time its inference"):
-        timings = _time(model, data, settings, failures)
+        timings = inference_times(
+            model,
+            data,
+            [0.0, 0.5, 0.9] if settings.quick else [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9],
+            length=_LENGTH,
+            dtype=settings.dtype,
+            seconds=0.5 if settings.quick else 4.0,
+            synchronize=settings.synchronize,
+            generator=torch.Generator().manual_seed(settings.seed),
+        )
+    failures += [
+        f"the fused one-layer model is off by {row['max_relative_error']:.2e} of the largest score at pruning rate "
+        f"{row['rate']}, expected at most {row['tolerance']:.2e}"
+        for row in timings
+        if not row["max_relative_error"] <= row["tolerance"]  # NaN does not pass
+    ]
     return {
         "neurons": m,
         "steps": steps,
@@ -78,36 +92,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-@torch.inference_mode()
-def _time(model: ICLTransformer, data: ICLData, settings: Settings, failures: list[str]) -> list[dict[str, Any]]:
-    """Microseconds per prompt of the eager forward and of ``compile_for_inference()``, over the pruning rate."""
-    batch = 256
-    prompts = data.sample(batch, _LENGTH, 0.8, generator=torch.Generator().manual_seed(settings.seed))
-    prompts = prompts.to(settings.device, settings.dtype)
-    rates = [0.0, 0.5, 0.9] if settings.quick else [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
-    contenders, rows = {}, []
-    for rate in rates:
-        exact = copy.deepcopy(model).prune_neurons_(rate).to(settings.dtype)
-        fused = exact.compile_for_inference()
-        contenders[f"eager {rate}"] = lambda model=exact: model(prompts.context, prompts.query)
-        contenders[f"fasticl {rate}"] = lambda model=fused: model(prompts.context, prompts.query)
-
-        truth = copy.deepcopy(exact).double()(prompts.context.double(), prompts.query.double())
-        scale = truth.abs().max().item()
-        eager_error = (contenders[f"eager {rate}"]() - truth).abs().max().item() / scale
-        error = (contenders[f"fasticl {rate}"]() - truth).abs().max().item() / scale
-        # Folding W_K, W_Q and W_O, W_V rounds two products to the dtype once more than the unfolded weights do.
-        tolerance = 4 * eager_error + 4 * torch.finfo(settings.dtype).eps
-        if not error <= tolerance:
-            failures.append(
-                f"the fused one-layer model is off by {error:.2e} of the largest score at pruning rate {rate}, "
-                f"expected at most {tolerance:.2e}"
-            )
-        rows.append({"rate": rate, "neurons": len(exact.W_O), "max_relative_error": error, "tolerance": tolerance})
-    timings = interleaved(contenders, seconds=0.5 if settings.quick else 4.0, synchronize=settings.synchronize)
-    for row in rows:
-        eager_ms, fasticl_ms = (timings[f"{name} {row['rate']}"].ms_p50 for name in ("eager", "fasticl"))
-        row.update(eager_us=eager_ms * 1e3 / batch, fasticl_us=fasticl_ms * 1e3 / batch, speedup=eager_ms / fasticl_ms)
-    return rows
