@@ -256,7 +256,7 @@ def test_answer_is_what_generate_says(folder: Path, tokenizer: Any) -> None:
 
 def test_answer_uses_the_chat_template(tmp_path: Path) -> None:
     save_tiny_model(tmp_path, chat_template="{% for message in messages %}Q {{ message['content'] }} A{% endfor %}")
-    model, tokenizer, name = lm._load(Settings(model=tmp_path))
+    model, tokenizer, name = lm.load(Settings(model=tmp_path))
     assert name == tmp_path.name
     seen: list[str] = []
     model.register_forward_pre_hook(
@@ -277,7 +277,7 @@ def test_agreement_check(folder: Path, tokenizer: Any, spoil: str) -> None:
     if spoil != "nothing":
         down[3] = torch.nan if spoil == "NaN" else down[3] * 1.001
     failures: list[str] = []
-    tokens = lm._windows(tokenizer, "Many a text would do here, for the model is random.", 1, 48)
+    tokens = lm.token_windows(tokenizer, "Many a text would do here, for the model is random.", 1, 48)
     rows = lm._check_agreement(masked, {"ours": ours}, tokens, 4, failures)
     assert [row["passed"] for row in rows] == [spoil == "nothing"] * 2
     assert [row["tokens"] for row in rows] == [44, 4]
@@ -338,4 +338,4 @@ def test_refused_settings(tmp_path: Path) -> None:
         Settings(out=tmp_path / "file")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(DemoError, match="does not load"):
-        lm._load(Settings(model=tmp_path))
+        lm.load(Settings(model=tmp_path))

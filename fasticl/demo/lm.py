@@ -82,9 +82,9 @@ def run(settings: Settings, stages: Stages, failures: list[str]) -> dict[str, An
     """Loads, prunes, converts, compares; what went wrong is added to ``failures``. Returns JSON-ready numbers."""
     sizes = _QUICK if settings.quick else _Sizes()
     with stages.stage("load the language model"):
-        dense, tokenizer, name = _load(settings)
-    calibration = _windows(tokenizer, calibration_text(), *sizes.calibration).to(settings.device)
-    evaluation = _windows(tokenizer, evaluation_text(), *sizes.evaluation).to(settings.device)
+        dense, tokenizer, name = load(settings)
+    calibration = token_windows(tokenizer, calibration_text(), *sizes.calibration).to(settings.device)
+    evaluation = token_windows(tokenizer, evaluation_text(), *sizes.evaluation).to(settings.device)
 
     with stages.stage(f"prune it with Wanda, {SPARSITY:.0%}", total=math.ceil(len(calibration) / 4)) as advance:
         masked = copy.deepcopy(dense)
@@ -158,7 +158,7 @@ def _row(layer: LayerDecision) -> dict[str, Any]:
     }
 
 
-def _load(settings: Settings) -> tuple[nn.Module, Any, str]:
+def load(settings: Settings) -> tuple[nn.Module, Any, str]:
     """The model in evaluation mode, its tokenizer, and the model's name."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -184,7 +184,7 @@ def _megabytes(model: nn.Module) -> float:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) / 1e6
 
 
-def _windows(tokenizer: Any, text: str, count: int, length: int) -> Tensor:
+def token_windows(tokenizer: Any, text: str, count: int, length: int) -> Tensor:
     """``[count, length]`` int64, consecutive; each starts as the tokenizer starts texts."""
     start = tokenizer("")["input_ids"][:1]
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]

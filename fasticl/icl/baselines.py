@@ -16,7 +16,7 @@ BASELINES = ("logistic", "linear SVM", "RBF SVM", "1-NN", "3-NN")
 def baseline_errors(prompts: Prompts, d_x: int, names: tuple[str, ...] = BASELINES) -> dict[str, float]:
     """0/1 error of each learner, fitted anew to every prompt's ``(x_i, y_i)`` and asked for the query's label.
 
-    Learners are scikit-learn's (extra ``baselines``) with its default parameters. Where all labels of a context agree,
+    Learners are scikit-learn's (extra ``reproduce``) with its default parameters. Where all labels of a context agree,
     that label is the answer.
 
     Args:
@@ -31,15 +31,19 @@ def baseline_errors(prompts: Prompts, d_x: int, names: tuple[str, ...] = BASELIN
     if unknown := [name for name in names if name not in BASELINES]:
         raise ValueError(f"names: expected of {', '.join(BASELINES)}, got {', '.join(unknown)}")
     if find_spec("sklearn") is None:
-        raise ImportError("baselines need scikit-learn: pip install 'fasticl[baselines]'")
+        raise ImportError("baselines need scikit-learn: pip install 'fasticl[reproduce]'")
+    import sklearn.linear_model  # all that is used, for threadpool_limits reaches only the pools of what is loaded
+    import sklearn.neighbors
+    import sklearn.svm  # noqa: F401
     from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits  # a requirement of scikit-learn
 
     inputs = prompts.context[..., :d_x].double().numpy()  # [B, L, d_x]
     labels = np.sign(prompts.context[..., d_x:].sum(dim=-1).numpy())  # [B, L]
     queries = prompts.query[:, :d_x].double().numpy()
     targets = prompts.target.numpy()
     wrong = dict.fromkeys(names, 0)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), threadpool_limits(1):  # 20 points: threads would only wait for each other
         warnings.simplefilter("ignore", ConvergenceWarning)
         for x, y, query, target in zip(inputs, labels, queries, targets, strict=True):
             for name in names:

@@ -6,6 +6,7 @@ Each starts from nothing but its arguments. A training that diverges raises; one
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasticl.doctor import diagnose
 from fasticl.icl import (
     BASELINES,
     ICLGPT2,
@@ -31,6 +33,8 @@ from fasticl.icl import (
     row_geometry,
     train,
 )
+from fasticl.icl.lm import measure_language_model
+from fasticl.icl.speed import inference_times
 
 GPT2_S1 = (0.5, 0.7, 0.9, 1.1, 1.3)
 LENGTH = 20  # context columns, l
@@ -117,15 +121,16 @@ def regime(
     label_noise: float,
     tasks_per_pattern: int,
     stop_below: float,
-    alpha_test: float,
+    alphas: Sequence[float],
     rates: Sequence[float],
     n: int,
-    steps: int = 800,
+    steps: int,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """One point of the search: a model trained until its loss is below ``stop_below``, then pruned in two orders."""
     data = ICLData(kappa=kappa, label_noise=label_noise, tasks_per_pattern=tasks_per_pattern, seed=seed)
     generator = torch.Generator().manual_seed(seed)
-    model = ICLTransformer(data.d_x, data.d_y, m, xi=xi, generator=generator)
+    model = ICLTransformer(data.d_x, data.d_y, m, xi=xi, generator=generator).to(device)
     training = train(model, data, steps=steps, lr=m / 64, length=LENGTH, stop_below=stop_below, generator=generator)
     shifted = data.out_of_domain(OOD_PATTERNS, OOD_S1, generator=generator)
     found = clusters(model.neuron_scores("W_O W_V"))
@@ -135,16 +140,24 @@ def regime(
         "small_fraction": found.small_fraction,
         "gap": found.gap,
         "norms": model.neuron_scores("W_O W_V").sort().values.tolist(),
-        "pruning": _pruning(model, data, shifted, rates, (alpha_test,), n, seed, orders=("W_O W_V", "random")),
+        "pruning": _pruning(model, data, shifted, rates, alphas, n, seed, orders=("W_O W_V", "random")),
     }
 
 
 def baselines(
-    *, seed: int, m: int, steps: int, kappa: float, alphas: Sequence[float], lengths: Sequence[int], n: int
+    *,
+    seed: int,
+    m: int,
+    steps: int,
+    kappa: float,
+    alphas: Sequence[float],
+    lengths: Sequence[int],
+    n: int,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """The one-layer model and classical learners on the same out-of-domain prompts."""
     data, generator = ICLData(kappa=kappa, seed=seed), torch.Generator().manual_seed(seed)
-    model = ICLTransformer(data.d_x, data.d_y, m, generator=generator)
+    model = ICLTransformer(data.d_x, data.d_y, m, generator=generator).to(device)
     training = train(model, data, steps=steps, lr=m / 64, length=LENGTH, generator=generator)
     shifted = data.out_of_domain(OOD_PATTERNS, OOD_S1, generator=generator)
     rows = []
@@ -152,7 +165,8 @@ def baselines(
         for length in lengths:
             prompts = data.sample(n, length, alpha, patterns=shifted, generator=generator)
             with torch.no_grad():
-                wrong = ~(prompts.target * model(prompts.context, prompts.query) > 0)
+                F = model(prompts.context.to(device), prompts.query.to(device)).cpu()
+            wrong = ~(prompts.target * F > 0)
             errors = {"ICL": wrong.double().mean().item(), **baseline_errors(prompts, data.d_x, BASELINES)}
             rows += [
                 {"learner": name, "alpha": alpha, "length": length, "zero_one": error} for name, error in errors.items()
@@ -170,22 +184,27 @@ def gpt2(
     lengths: Sequence[int],
     n: int,
     checkpoint: str | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
-    """The 3-layer GPT-2: same-pattern attention of each layer over training, OOD errors over l and S1.
+    """The 3-layer GPT-2: same-pattern attention of each layer and OOD errors over training; OOD errors over l and S1.
 
     Args:
         checkpoint: a folder where training is kept while it runs, and goes on from if it was stopped.
     """
     data, generator = ICLData(kappa=kappa, seed=seed), torch.Generator().manual_seed(seed)
-    model = ICLGPT2(data.d_x + data.d_y, generator=generator)
+    model = ICLGPT2(data.d_x + data.d_y, generator=generator).to(device)
     patterns = {
         S1: data.out_of_domain(OOD_PATTERNS, S1, generator=_generator(seed + 2)) for S1 in (0.5, 0.7, 0.9, 1.1, 1.3)
     }
     shifted = data.out_of_domain(OOD_PATTERNS, OOD_S1, generator=_generator(seed + 2))
 
-    def look() -> list[float]:
-        with torch.no_grad():
-            return attention_by_layer(model, data, n=500, patterns=shifted, generator=_generator(seed + 3))
+    def look() -> dict[str, Any]:
+        errors = {
+            f"{S1:g}": evaluate(model, data, n=n // 4, patterns=found, generator=_generator(seed + 3)).zero_one
+            for S1, found in patterns.items()
+        }
+        attention = attention_by_layer(model, data, n=500, patterns=shifted, generator=_generator(seed + 3))
+        return {"attention": attention, "zero_one": errors}
 
     training = train(
         model,
@@ -213,16 +232,19 @@ def gpt2(
     return {"at_chance": training.at_chance, "trace": training.measurements, "errors": errors, "in_domain": unseen}
 
 
-def theorem(*, seed: int, m: int, M1: int, M2: int, steps: int, rates: Sequence[float], n: int) -> dict[str, Any]:
+def theorem(
+    *, seed: int, m: int, M1: int, M2: int, steps: int, rates: Sequence[float], n: int, device: str = "cpu"
+) -> dict[str, Any]:
     """What removing all small neurons costs, the share that is free, and the cost of a fraction R of the large ones."""
-    data, generator = ICLData(M1, M2, M1 + M2, seed=seed), torch.Generator().manual_seed(seed)
-    model = ICLTransformer(data.d_x, data.d_y, m, generator=generator)
+    data = ICLData(M1, M2, M1 + M2, tasks_per_pattern=M1 // 2, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    model = ICLTransformer(data.d_x, data.d_y, m, generator=generator).to(device)
     training = train(model, data, steps=steps, lr=m / 64, length=LENGTH, stop_below=0.03, generator=generator)
     shifted = data.out_of_domain(min(OOD_PATTERNS, M1 - 1), 1.0, generator=generator)
     found = clusters(model.neuron_scores("W_O W_V"))
     settings: dict[str, Any] = {"out_of_domain": shifted, "n": n, "length": LENGTH}
     sorted_curve = pruning_curve(
-        model, data, rates, order=pruning_order(model, "W_O W_V"), generator=_generator(seed + 1), **settings
+        model, data, rates, order=pruning_order(model, "W_O W_V").to(device), generator=_generator(seed + 1), **settings
     )
     dense = sorted_curve[0].out_of_domain.hinge
     free = max(point.rate for point in sorted_curve if point.out_of_domain.hinge - dense < NEGLIGIBLE)
@@ -232,7 +254,7 @@ def theorem(*, seed: int, m: int, M1: int, M2: int, steps: int, rates: Sequence[
         model,
         data,
         [0.0, *((small + R * large) / m for R in fractions)],
-        order=pruning_order(model, "small, then random", generator=generator),
+        order=pruning_order(model, "small, then random", generator=generator).to(device),
         generator=_generator(seed + 1),
         **settings,
     )
@@ -249,6 +271,52 @@ def theorem(*, seed: int, m: int, M1: int, M2: int, steps: int, rates: Sequence[
             for R, point in zip(fractions, curve[1:], strict=True)
         ],
     }
+
+
+def language_model(
+    *,
+    seed: int,
+    model: str | None,
+    rates: Sequence[float],
+    prompts: int,
+    attention_prompts: int,
+    windows: int,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """The one-layer model's measurements on a pretrained language model; calibration is Python's documentation."""
+    from fasticl.demo import Settings
+    from fasticl.demo.lm import load, token_windows
+    from fasticl.demo.texts import calibration_text
+
+    settings = Settings(model=None if model is None else Path(model), device=device)
+    found, tokenizer, name = load(settings)
+    calibration = token_windows(tokenizer, calibration_text(), windows, 128).to(device)
+    result = measure_language_model(
+        found,
+        tokenizer,
+        [{"input_ids": batch, "use_cache": False} for batch in calibration.split(2)],
+        rates=rates,
+        prompts=prompts,
+        attention_prompts=attention_prompts,
+        seed=seed,
+    )
+    accuracy = {order: list(curve.items()) for order, curve in result.accuracy.items()}  # JSON has no keys of numbers
+    return {**asdict(result), "accuracy": accuracy, "model": name}
+
+
+def time(*, seed: int, m: int, rates: Sequence[float], seconds: float, device: str = "cpu") -> dict[str, Any]:
+    """Inference time over the pruning rate, on all CPUs of this process."""
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    data, generator = ICLData(seed=seed), torch.Generator().manual_seed(seed)
+    model = ICLTransformer(data.d_x, data.d_y, m, generator=generator).to(device)
+    train(model, data, lr=m / 64, length=LENGTH, generator=generator)
+    torch.set_num_threads(threads)
+    synchronize = torch.cuda.synchronize if torch.device(device).type == "cuda" else None
+    rows = inference_times(
+        model, data, rates, length=LENGTH, seconds=seconds, synchronize=synchronize, generator=generator
+    )
+    where = torch.cuda.get_device_name(device) if synchronize else diagnose()["cpu"]["model"]
+    return {"rows": rows, "threads": threads, "cpu": where}
 
 
 def _pruning(

@@ -27,10 +27,12 @@ class Job:
     Attributes:
         function: ``"module:name"``, importable by a worker.
         arguments: keyword arguments, JSON's.
+        places: further ones, which say where to keep what, and change nothing in the result.
     """
 
     function: str
     arguments: dict[str, Any] = field(default_factory=dict)
+    places: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def key(self) -> str:
@@ -140,7 +142,7 @@ def _write(outcome: Outcome, folder: Path) -> None:
 def _work(job: Job, folder: str, connection: Any) -> None:
     """In the worker: writes its own result, so that it is kept even if whoever waits for it is gone."""
     try:
-        result, seconds = call(job.function, job.arguments)
+        result, seconds = call(job.function, job.arguments | job.places)
         _write(Outcome(job, seconds, result), Path(folder))
         connection.send(None)
     except Exception as error:  # reported, whatever it is
@@ -191,7 +193,7 @@ def _on_ray(jobs: Sequence[Job], address: str) -> Iterator[Outcome]:
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="warning")
     try:
         remote = ray.remote(num_cpus=1, max_retries=2)(call)  # again where a node or a worker is lost
-        running = {remote.remote(job.function, job.arguments): job for job in jobs}
+        running = {remote.remote(job.function, job.arguments | job.places): job for job in jobs}
         while running:
             (reference,), _ = ray.wait(list(running), num_returns=1)
             job = running.pop(reference)
