@@ -83,6 +83,47 @@ def demo(
 
 
 @app.command()
+def reproduce(
+    figures: Annotated[list[str] | None, typer.Argument(help="Only these; none is all.", show_default=False)] = None,
+    out: Annotated[Path, typer.Option(help="Folder for report.html, a PNG and a CSV per figure.")] = Path(
+        "runs/reproduce"
+    ),
+    seeds: Annotated[int | None, typer.Option(min=1, help="Of each setting; default 5, quick 2.")] = None,
+    quick: Annotated[bool, typer.Option(help="Small settings: shows that all works; the numbers mean little.")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes at a time; default: one per CPU.")] = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Run on this Ray cluster: local, auto, ...")
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a Hugging Face causal language model, instead of SmolLM2-135M-Instruct."),
+    ] = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Train the paper's models; set its figures beside ours, with a verdict on each claim. Goes on where it stopped."""
+    from fasticl.reproduce import ReproduceError, Settings, run
+
+    try:
+        settings = Settings(tuple(figures or ()), out, seeds, quick, device, workers, ray, model)
+        results = run(settings, Console(file=sys.stderr))
+    except ReproduceError as error:
+        _fail(str(error))
+    if as_json:
+        _print_json(results)
+    else:
+        for name, claims in results["figures"].items():
+            fields = ("what", "paper", "ours", "verdict")
+            rows = [tuple(claim[field] for field in fields) for claim in claims]
+            Console().print(_table(name, ("claim", "paper", "ours (95 % interval)", "verdict"), rows))
+        Console().print(f"report: {out / 'report.html'}", soft_wrap=True, highlight=False)
+    for failure in results["failures"]:
+        _error(failure)
+    if results["failures"]:
+        raise typer.Exit(1)
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Show versions, the processor and its instruction sets, the GPU, and which implementation each op runs and why."""
     from fasticl.doctor import diagnose

@@ -51,7 +51,7 @@ class Results:
 
 @dataclass(frozen=True)
 class Found:
-    """One setting of the search: mean distance to the authors' errors in decades, ours, and the results of its seeds."""
+    """One setting of the search: mean distance to the authors' errors in decades, our errors, its seeds' results."""
 
     distance: float
     settings: Mapping[str, Any]

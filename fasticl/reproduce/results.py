@@ -7,7 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fasticl.reproduce.runner import Job
+
 Verdict = Literal["reproduced", "in trend", "not reproduced"]
+
+
+RECIPE = "One-layer model, recipe settings: kappa = 1/2, a small W_O (xi = 0.02), plain SGD."
 
 
 @dataclass(frozen=True)
@@ -126,3 +131,28 @@ def value_claim(what: str, paper: float, ours: Estimate, *, factor: float, trend
 
 def trend_claim(what: str, paper: str, ours: Estimate | str, holds: bool, rule: str) -> Claim:
     return Claim(what, paper, str(ours), "reproduced" if holds else "not reproduced", rule)
+
+
+def pick(result: Mapping[str, Any], rows: str, score: str = "zero_one", **where: Any) -> float:
+    """``score`` of the first row where all of ``where`` holds."""
+    return next(row[score] for row in result[rows] if all(row[key] == value for key, value in where.items()))
+
+
+def trace(found: Sequence[Mapping[str, Any]], group: str, name: str) -> list[tuple[float, Estimate]]:
+    """(step, estimate) of ``trace[i][group][name]``."""
+    steps = [row["step"] for row in found[0]["trace"]]
+    return [(step, Estimate.of(r["trace"][i][group][name] for r in found)) for i, step in enumerate(steps)]
+
+
+def settings_of(jobs: Sequence[Job]) -> str:
+    """What all jobs have in common, and the seeds."""
+    first = jobs[0].arguments
+    common = [
+        f"{name} = {value}"
+        for name, value in first.items()
+        if name not in ("seed", "checkpoint") and all(job.arguments.get(name) == value for job in jobs)
+    ]
+    seeds = sorted({job.arguments["seed"] for job in jobs if "seed" in job.arguments})
+    return ", ".join(common) + (
+        f"; seeds {', '.join(map(str, seeds[:6]))}{' ...' if len(seeds) > 6 else ''}" if seeds else ""
+    )
