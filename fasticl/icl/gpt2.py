@@ -57,6 +57,7 @@ class ICLGPT2(nn.Module):
             n_embd=n_embd,
             n_layer=n_layer,
             n_head=n_head,
+            activation_function="gelu_pytorch_tanh",  # GPT-2's own, in one op rather than eight
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,

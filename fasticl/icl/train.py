@@ -235,6 +235,7 @@ def evaluate(
     alpha: float = 0.8,
     tasks: Tensor | None = None,
     patterns: Patterns | None = None,
+    attention: bool = True,
     generator: torch.Generator | None = None,
 ) -> Evaluation:
     """Errors on ``n`` fresh prompts.
@@ -245,12 +246,13 @@ def evaluate(
         alpha: the fraction of them that tell about the task, alpha' in the theory.
         tasks: ``[T, 2]``; None is ``data.unseen_tasks`` in the domain, all ordered pairs of ``patterns`` out of it.
         patterns: None is in the domain; else e.g. ``data.out_of_domain()``.
+        attention: whether to measure it too, in a second forward pass; else it is NaN.
         generator: draws the prompts; None takes torch's default one.
 
     Raises:
         ValueError: a parameter is out of its range.
     """
-    return _measure(model, _fresh_prompts(data, n, length, alpha, tasks, patterns, generator))
+    return _measure(model, _fresh_prompts(data, n, length, alpha, tasks, patterns, generator), attention)
 
 
 def pruning_curve(
@@ -317,17 +319,20 @@ def _fresh_prompts(
 
 
 @torch.no_grad()
-def _measure(model: ICLTransformer | FusedICLTransformer | ICLGPT2, chunks: Iterable[Prompts]) -> Evaluation:
+def _measure(
+    model: ICLTransformer | FusedICLTransformer | ICLGPT2, chunks: Iterable[Prompts], attention: bool = True
+) -> Evaluation:
     scores = []
     weight = next(chain(model.parameters(), model.buffers()))
     for chunk in chunks:
         prompts = chunk.to(weight.device, weight.dtype)
         F = model(prompts.context, prompts.query)
         wrong = ~(prompts.target * F > 0)
-        on_pattern = same_pattern_attention(model.attention(prompts.context, prompts.query), prompts)
+        on_pattern = torch.full_like(F, math.nan)
+        if attention:
+            on_pattern = same_pattern_attention(model.attention(prompts.context, prompts.query), prompts)
         scores.append(torch.stack([hinge_loss(F, prompts.target), wrong.to(F.dtype), on_pattern]).double())
     score = torch.cat(scores, dim=1)  # [3, n]
     n = score.shape[1]
-    hinge, zero_one, attention = score.mean(dim=1).tolist()
-    hinge_se, zero_one_se, attention_se = (score.std(dim=1) / math.sqrt(n)).tolist()
-    return Evaluation(n, hinge, hinge_se, zero_one, zero_one_se, attention, attention_se)
+    means, errors = score.mean(dim=1).tolist(), (score.std(dim=1) / math.sqrt(n)).tolist()
+    return Evaluation(n, *chain.from_iterable(zip(means, errors, strict=True)))

@@ -200,7 +200,9 @@ def gpt2(
 
     def look() -> dict[str, Any]:
         errors = {
-            f"{S1:g}": evaluate(model, data, n=n // 4, patterns=found, generator=_generator(seed + 3)).zero_one
+            f"{S1:g}": evaluate(
+                model, data, n=n // 2, patterns=found, attention=False, generator=_generator(seed + 3)
+            ).zero_one
             for S1, found in patterns.items()
         }
         attention = attention_by_layer(model, data, n=500, patterns=shifted, generator=_generator(seed + 3))
@@ -223,12 +225,12 @@ def gpt2(
         {
             "S1": S1,
             "length": length,
-            **_errors(evaluate(model, data, n=n, length=length, patterns=found, generator=generator)),
+            **_errors(evaluate(model, data, n=n, length=length, patterns=found, attention=False, generator=generator)),
         }
         for S1, found in patterns.items()
         for length in lengths
     ]
-    unseen = _errors(evaluate(model, data, n=n, generator=generator))
+    unseen = _errors(evaluate(model, data, n=n, attention=False, generator=generator))
     return {"at_chance": training.at_chance, "trace": training.measurements, "errors": errors, "in_domain": unseen}
 
 
@@ -354,7 +356,7 @@ def _pruning(
 
 
 def _errors(evaluation: Evaluation) -> dict[str, float]:
-    return {"hinge": evaluation.hinge, "zero_one": evaluation.zero_one, "attention": evaluation.attention}
+    return {"hinge": evaluation.hinge, "zero_one": evaluation.zero_one}
 
 
 def _generator(seed: int) -> torch.Generator:

@@ -137,7 +137,7 @@ class Plan:
             lr=3e-4,
             batch=64,
             lengths=[1, 2, 4, 6, 8, 10, 14, 20],
-            n=500 if self.quick else 4000,
+            n=500 if self.quick else 2000,
         )
 
     @property
