@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from common import CASE_COLUMNS
+from environment import ROOT
 
 Row = dict[str, str]
+PAPER = ROOT / "benchmarks" / "results" / "reproduce" / "results.json"
 
 
 def fasticl(row: Row) -> bool:
@@ -177,14 +180,41 @@ def headline_table(rows: Sequence[Row]) -> str:
     return markdown(["case", "measured", "at least", "reached"], body)
 
 
+def paper_table(path: Path = PAPER) -> str:
+    """The paper's figures from ``fasticl reproduce``'s results.json: the first claim of each, and how many hold.
+
+    Raises:
+        ValueError: if the file is of a quick run, or lacks figures.
+    """
+    found = json.loads(path.read_text())
+    if found["quick"] or found["failures"]:
+        raise ValueError(
+            f"{path}: expected a full run without failures, got quick={found['quick']}, {found['failures']}"
+        )
+    body = []
+    for name, claims in found["figures"].items():
+        verdicts = [claim["verdict"] for claim in claims]
+        held = f"{verdicts.count('reproduced')} + {verdicts.count('in trend')} of {len(verdicts)}"
+        first = claims[0]
+        body.append([f"`{name}`", first["what"], first["paper"], first["ours"], first["verdict"], held])
+    text = markdown(["figure", "its first claim", "authors", "ours (95 % interval)", "verdict", "claims held"], body)
+    source = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+    return (
+        f"{text}\n\nClaims held: reproduced + in trend. From `{source}`: {found['seeds']} seeds, "
+        f"{found['seconds'] / 60:.0f} minutes, torch {found['torch']}, fasticl {found['fasticl']}, {found['cpu']}."
+    )
+
+
 def table(name: str, rows: Sequence[Row], source: str) -> str:
-    """The table ``name``: "headline", "bandwidth" or an op; with a line that says where its numbers come from.
+    """The table ``name``: "headline", "bandwidth", "paper" or an op; with a line that says where its numbers come from.
 
     Raises:
         ValueError: if there is no such table, or no rows for it.
     """
     if not rows:
         raise ValueError(f"{source}: expected rows, got none")
+    if name == "paper":
+        return paper_table()
     if name == "headline":
         text, used = headline_table(rows), list(rows)
     elif name == "bandwidth":

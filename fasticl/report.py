@@ -66,7 +66,8 @@ def page(title: str, sections: Iterable[str]) -> str:
 
 def table(columns: Iterable[str], rows: Sequence[Sequence[str]], *, ours: int | None = None, css: str = "") -> str:
     """``ours`` is the row to stand out. Columns of numbers go to the right."""
-    numeric = [bool(rows) and all(row[i][:1].isdigit() for row in rows) for i in range(len(rows[0]) if rows else 0)]
+    columns = list(columns)
+    numeric = [bool(rows) and all(row[i][:1].isdigit() for row in rows) for i in range(len(columns))]
     classes = ['class="number"' if right and css != "answers" else "" for right in numeric]
 
     def line(tag: str, cells: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -385,6 +386,24 @@ def test_roofline_is_the_bandwidth_of_the_same_case(rows: list[dict[str, str]]) 
     shares = {r["sparsity"]: float(r["gbps"]) / roofline for r, roofline in tables.rooflines(rows, "bitmap_linear")}
     assert set(shares) == {"0.5", "0.8", "0.9"}
     assert shares["0.5"] == pytest.approx((0.5 + 1 / 32) / (1.1 - 0.5))
+
+
+def test_paper_table(tmp_path: Path) -> None:
+    claims = [
+        {"what": "error falls", "paper": "yes", "ours": "by 0.1", "verdict": "reproduced"},
+        {"what": "error", "paper": "0.1", "ours": "0.01", "verdict": "in trend"},
+        {"what": "gap", "paper": "2", "ours": "1", "verdict": "not reproduced"},
+    ]
+    found = {"figures": {"alpha": claims}, "quick": False, "failures": [], "seeds": 5, "seconds": 1260.0}
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps({**found, "torch": "2.0", "fasticl": "0.1", "cpu": "A CPU"}))
+    text = tables.paper_table(file)
+    assert "| `alpha` | error falls | yes | by 0.1 | reproduced | 1 + 1 of 3 |" in text
+    assert text.endswith("From `results.json`: 5 seeds, 21 minutes, torch 2.0, fasticl 0.1, A CPU.")
+    for broken in ({"quick": True}, {"failures": ["alpha: no figure"]}):
+        file.write_text(json.dumps({**found, **broken}))
+        with pytest.raises(ValueError, match="expected a full run without failures"):
+            tables.paper_table(file)
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def write_png(figure: Figure, path: Path) -> None:
             panel.set_xscale("log", base=2)
         label(panel, described.title, described.x, described.y)
         legend(panel)
-    drawing.savefig(path, dpi=130)
+    drawing.savefig(path, dpi=100)
 
 
 def _cycle(count: int) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -38,7 +39,7 @@ class Job:
     def key(self) -> str:
         """A file name of its own: what a reader recognises, then a hash of function, arguments and the code it runs."""
         name = self.function.rpartition(":")[2]
-        said = "-".join(f"{k}{v}" for k, v in self.arguments.items() if isinstance(v, (int, float)))
+        said = "-".join(f"{k}{v}" for k, v in sorted(self.arguments.items()) if isinstance(v, (int, float)))
         identity = json.dumps([self.function, self.arguments, _code(self.function)], sort_keys=True)
         return re.sub(r"[^\w.-]", "", f"{name}-{said}")[:60] + "-" + hashlib.sha256(identity.encode()).hexdigest()[:12]
 
@@ -119,7 +120,7 @@ def _code(function: str) -> str:
 
 
 def _read(job: Job, folder: Path) -> Outcome | None:
-    with suppress(OSError, ValueError, KeyError):  # absent, or not whole
+    with suppress(OSError, ValueError, KeyError, TypeError):  # absent, or not whole
         saved = json.loads((folder / f"{job.key}.json").read_text(encoding="utf-8"))
         return Outcome(job, saved["seconds"], saved["result"])
     return None
@@ -190,7 +191,7 @@ def _on_ray(jobs: Sequence[Job], address: str) -> Iterator[Outcome]:
         raise ImportError("--ray needs Ray: pip install 'fasticl[ray]'") from error
     started = not ray.is_initialized()
     if started:
-        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="warning")
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
     try:
         remote = ray.remote(num_cpus=1, max_retries=2)(call)  # again where a node or a worker is lost
         running = {remote.remote(job.function, job.arguments | job.places): job for job in jobs}
