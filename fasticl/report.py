@@ -84,14 +84,24 @@ def image(path: Path, alternative: str, *, css: str = "") -> str:
     return f'<img class="{css}" src="data:image/png;base64,{data}" alt="{escape(alternative)}">'
 
 
-def axes(count: int, *, width: float = 8.4, height: float = 3.0) -> tuple[Figure, list[Axes]]:
-    """A figure of ``count`` panels side by side; drawn by Agg, without pyplot's global state or a display."""
+def axes(
+    count: int, *, width: float = 8.4, height: float = 3.0, per_row: int | None = None
+) -> tuple[Figure, list[Axes]]:
+    """A figure of ``count`` panels side by side; drawn by Agg, without pyplot's global state or a display.
+
+    ``width`` inches are of the whole figure, ``height`` of each row of ``per_row`` panels; None is all in one.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    columns = min(count, per_row or count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(width, height * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = list(figure.subplots(1, count, squeeze=False)[0])
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for empty in panels[count:]:
+        empty.set_visible(False)
+    panels = panels[:count]
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
         panel.spines[["left", "bottom"]].set_color(FAINT)

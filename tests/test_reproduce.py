@@ -221,7 +221,7 @@ class TinyPlan(Plan):
 
     def gpt2(self, kappa: float = 0.5) -> list[Job]:
         places = {"checkpoint": self.checkpoints}
-        return self._seeded("gpt2", places, steps=60, kappa=kappa, lr=1e-3, batch=64, lengths=[4, 20], n=20)
+        return self._seeded("gpt2", places, None, steps=60, kappa=kappa, lr=1e-3, batch=64, lengths=[4, 20], n=20)
 
     def theorem(self, *, m: int = 16, M1: int = 6, M2: int = 24) -> list[Job]:
         return self._seeded("theorem", m=m, M1=M1, M2=M2, steps=900, rates=[0.0, 0.2, 0.5], n=50)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from itertools import cycle
 from pathlib import Path
 
 from fasticl.report import axes, label, legend
@@ -26,34 +27,34 @@ def write_csv(figure: Figure, path: Path) -> None:
 
 
 def write_png(figure: Figure, path: Path) -> None:
-    """Panels side by side; bands are 95 % intervals over seeds, crosses the authors' values."""
-    drawing, panels = axes(len(figure.panels), width=max(4.2 * len(figure.panels), 5.6), height=3.4)
+    """Panels three to a row; bands are 95 % intervals over seeds, cut off beyond the means; crosses the authors'."""
+    drawing, panels = axes(len(figure.panels), width=max(4.2 * min(len(figure.panels), 3), 5.6), height=3.4, per_row=3)
     for number, (panel, described) in enumerate(zip(panels, figure.panels, strict=True)):
         lines = [line for line in figure.curves if line.panel == number]
         ours = [line for line in lines if not line.paper]
         floor = _floor(ours) if described.log_y else -math.inf
-        for color, line in zip(_cycle(len(ours)), ours, strict=True):
+        for color, line in zip(cycle(_COLORS), ours):
             x = [point for point, _ in line.points]
             mean, low, high = ([max(getattr(e, end), floor) for _, e in line.points] for end in ("mean", "low", "high"))
             marker = "o" if len(x) < 20 else None
             panel.plot(x, mean, color=color, linewidth=1.5, marker=marker, markersize=3, label=line.name)
             if not any(math.isnan(e.low) for _, e in line.points):
                 panel.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-        for line in lines:
-            if line.paper:
-                x = [point for point, _ in line.points]
-                panel.plot(x, [e.mean for _, e in line.points], "x", color="#22272e", markersize=6, label=line.name)
+        for marker, line in zip(cycle("x+1"), (line for line in lines if line.paper)):
+            x = [point for point, _ in line.points]
+            panel.plot(x, [e.mean for _, e in line.points], marker, color="#22272e", markersize=7, label=line.name)
+        means = [max(e.mean, floor) for line in lines for _, e in line.points]
         if described.log_y:
             panel.set_yscale("log")
+            panel.set_ylim(min(means) / 1.3, max(means) * 1.3)
+        else:
+            margin = 0.08 * (max(means) - min(means)) or 0.1
+            panel.set_ylim(min(means) - margin, max(means) + margin)
         if described.log_x:
             panel.set_xscale("log", base=2)
         label(panel, described.title, described.x, described.y)
         legend(panel)
     drawing.savefig(path, dpi=100)
-
-
-def _cycle(count: int) -> list[str]:
-    return [_COLORS[i % len(_COLORS)] for i in range(count)]
 
 
 def _floor(lines: list[Curve]) -> float:
