@@ -23,6 +23,7 @@ help:
 	@sed -n '1,6s/^# \{0,1\}//p' Makefile
 	@echo "Targets:"
 	@echo "  demo      prune a Transformer and compare its answers and speed; writes runs/demo/report.html"
+	@echo "  reproduce the paper's figures beside ours; writes runs/reproduce/report.html"
 	@echo "  test      all tests"
 	@echo "  lint      ruff, clang-format and mypy, as CI runs them"
 	@echo "  sanitize  the C++ kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -33,6 +34,10 @@ help:
 .PHONY: demo
 demo: $(VENV)/.model
 	$(BIN)/fasticl demo $(ARGS)
+
+.PHONY: reproduce
+reproduce: $(VENV)/.model
+	$(BIN)/fasticl reproduce $(ARGS)
 
 .PHONY: test
 test: setup

@@ -380,6 +380,31 @@ def test_neuron_activation_score_and_removal():
     torch.testing.assert_close(model(x), dense(x))
 
 
+def test_activation_of_shared_weights_is_over_all_that_they_see():
+    """Two MLPs with the same weights: the second alone would keep other neurons than both together."""
+    model = nn.Sequential(Gated(6, 20), nn.LayerNorm(6), Gated(6, 20)).eval()
+    for part in ("up_proj", "gate_proj", "down_proj"):
+        for name in ("weight", "bias"):
+            setattr(getattr(model[2], part), name, getattr(getattr(model[0], part), name))
+    batch, hidden = torch.randn(50, 6), []
+    hooks = [
+        block.down_proj.register_forward_pre_hook(lambda m, a: hidden.append(a[0].detach()))
+        for block in (model[0], model[2])
+    ]
+    model(batch)
+    for hook in hooks:
+        hook.remove()
+    norms = model[0].down_proj.weight.detach().double().norm(dim=0)
+    gone = [
+        torch.from_numpy(smallest((h.double().abs().mean(0) * norms).numpy(), 10))
+        for h in (torch.cat(hidden), hidden[0], hidden[1])
+    ]
+    assert not gone[0].equal(gone[1])
+    assert not gone[0].equal(gone[2])
+    sparsify_(model, NeuronActivation(0.5), [batch])
+    assert torch.equal((model[2].down_proj.weight == 0).all(0), gone[0])
+
+
 def test_find_mlps_in_sequential_and_transformer_encoder():
     chain = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 4), nn.ReLU(), nn.Dropout(), nn.Linear(4, 1))
     assert [(m.name, m.up, m.down, m.gate) for m in find_mlps(chain)] == [
