@@ -25,7 +25,9 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import redirect_stderr
 from importlib.abc import MetaPathFinder
+from io import StringIO
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -122,7 +124,6 @@ def from_pretrained(folder: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     Raises:
         ValueError: a tensor is missing, or of a shape, dtype or content that it cannot have; the format is unknown.
     """
-    _plugin()
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = Path(folder)
@@ -131,6 +132,7 @@ def from_pretrained(folder: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     found = _read_json(folder / "config.json")
     layout = foreign_layout(found)
     if layout is not None:
+        _plugin()
         config = kwargs.pop("config", None) or AutoConfig.from_pretrained(folder)
         for name in ("sparsity_config", "compression_config"):
             if hasattr(config, name):
@@ -144,6 +146,38 @@ def from_pretrained(folder: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
         config.quantization_config = {"quant_method": QUANT_METHOD, "layers": layers}
         kwargs["config"] = config
     return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+
+
+def load(
+    folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None, device: str = "cpu", **kwargs: Any
+) -> tuple[Any, Any]:
+    """:func:`from_pretrained` for programs: from local files and quietly. Returns the model, and its tokenizer or None.
+
+    Args:
+        dtype: None is that of the checkpoint.
+        kwargs: for both, such as ``gguf_file``.
+
+    Raises:
+        ValueError: the folder does not load, with what is wrong.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from safetensors import SafetensorError
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    if not Path(folder).is_dir():
+        raise ValueError(f"expected a Hugging Face model folder, got {folder}")
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        with redirect_stderr(StringIO()):  # the GGUF reader's own progress bar cannot be turned off
+            tokenizer = None
+            if kwargs or (Path(folder) / "tokenizer_config.json").is_file():
+                tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **kwargs)
+            model = from_pretrained(folder, dtype=dtype or "auto", local_files_only=True, **kwargs)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder} does not load as a causal language model: {error}") from error
+    return model.eval().to(device), tokenizer
 
 
 def _count_tensors(folder: Path) -> None:

@@ -241,7 +241,7 @@ class FastICLQuantizer(HfQuantizer):
 
 def attach(model: Any) -> None:
     """Makes ``model.save_pretrained`` write packed layers as a checkpoint; a model of another quantizer keeps it."""
-    if getattr(model, "hf_quantizer", None) is None:
+    if _is_plain(model):
         model.hf_quantizer = FastICLQuantizer(FastICLConfig())
 
 
@@ -251,9 +251,14 @@ def check_model(model: object) -> None:
 
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: expected a transformers.PreTrainedModel, got {type(model).__name__}")
+    if not _is_plain(model) and not isinstance(model.hf_quantizer, FastICLQuantizer):
+        raise ValueError(f"model: expected one that is not quantized, got one of {type(model.hf_quantizer).__name__}")
+
+
+def _is_plain(model: Any) -> bool:
+    """Whether no quantizer looks after the model, but for one that unpacked all weights on loading, such as GGUF's."""
     held = getattr(model, "hf_quantizer", None)
-    if held is not None and not isinstance(held, FastICLQuantizer):
-        raise ValueError(f"model: expected one that is not quantized, got one of {type(held).__name__}")
+    return held is None or getattr(getattr(held, "quantization_config", None), "dequantize", False)
 
 
 @contextmanager

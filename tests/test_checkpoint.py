@@ -263,6 +263,10 @@ def test_a_packed_head_is_no_longer_tied(family: str, tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert not loaded.config.tie_word_embeddings
     assert torch.equal(logits(loaded), logits(model))
+    rewrite_config(
+        tmp_path / "model", lambda config: config.update(tie_word_embeddings=True)
+    )  # as another tool may say
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model")), logits(model))
 
 
 def test_shards(tmp_path: Path) -> None:
