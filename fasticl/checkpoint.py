@@ -24,6 +24,7 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import redirect_stderr
 from importlib.abc import MetaPathFinder
@@ -435,12 +436,16 @@ def read_header(files: Iterable[str | os.PathLike[str]]) -> Header:
     """Dtypes and shapes of all tensors in safetensors files; no data is read.
 
     Raises:
-        ValueError: a file is not safetensors, is truncated or overlaps itself, or two have a tensor of the same name.
+        ValueError: a file is not safetensors, is truncated or overlaps itself, two have a tensor of the same name, or
+            they are not in one folder.
     """
     from safetensors import SafetensorError, safe_open
 
     header: Header = {}
-    for path in map(Path, files):
+    paths = [Path(file) for file in files]
+    if stray := [path for path in paths if path.parent != paths[0].parent]:
+        raise ValueError(f"expected files in {paths[0].parent}, got {stray[0]}")
+    for path in paths:
         if path.suffix != ".safetensors":
             raise ValueError(f"{path.name}: expected a safetensors file, which cannot run code when it is loaded")
         try:
@@ -536,9 +541,12 @@ class _AfterImport(MetaPathFinder):
 
 
 def _register() -> None:
-    from fasticl import huggingface
+    try:
+        from fasticl import huggingface
 
-    huggingface.register()
+        huggingface.register()
+    except (AttributeError, ImportError) as error:  # a transformers without these names must still be imported
+        warnings.warn(f"transformers cannot load FastICL's checkpoints: {error}", UserWarning, stacklevel=2)
 
 
 def register_when_imported() -> None:

@@ -306,7 +306,7 @@ def prune(
     if as_json:
         _print_json({"sparsity": report.total, "layers": [asdict(layer) for layer in report.layers]})
     else:
-        typer.echo(f"{report}\n{report.total:.1%} of {len(report.layers)} weights are zero in {out}")
+        typer.echo(f"{report}\n{report.total:.1%} of the weights of {len(report.layers)} layers are zero in {out}")
 
 
 def _config(method: Method, sparsity: float, pattern: Pattern | None) -> Any:
@@ -396,13 +396,14 @@ def icl(
         _print_json({"model": str(model), "seed": seed, "results": rows})
         return
     cells = {
-        (row.task, row.shots): f"{row.accuracy:.2f} [{row.interval[0]:.2f}, {row.interval[1]:.2f}]" for row in results
+        (row.task, row.shots): "{:.0f} [{:.0f}, {:.0f}]".format(*(100 * x for x in (row.accuracy, *row.interval)))
+        for row in results
     }
     columns = ("task", "items", *(f"k = {k}" for k in counts))
     asked = {row.task: row.count for row in results}
     Console().print(
         _table(
-            "accuracy after k examples, with 95 % intervals",
+            "right answers after k examples, in %, with 95 % intervals",
             columns,
             [(name, str(asked[name]), *(cells[name, k] for k in counts)) for name in asked],
         )

@@ -90,6 +90,8 @@ def _check_spec(name: str, spec: Any) -> None:
     ):
         if not any(value is one or (isinstance(value, str) and value == one) for one in known):
             raise ValueError(f"{name}: {key}: expected one of {', '.join(map(str, known))}, got {value!r}")
+    if (key := spec.get("key", name)) not in (name, f"{name}.weight"):
+        raise ValueError(f"{name}: key: expected the layer's or its weight's name, got {key!r}")
     if shape is not None and not (
         isinstance(shape, list)
         and len(shape) == 2
@@ -146,9 +148,7 @@ class FastICLQuantizer(HfQuantizer):
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
         if not self.pre_quantized:
             raise ValueError("quantization_config: expected a checkpoint that FastICL saved; fasticl.convert packs one")
-        devices = {str(device) for device in device_map.values()} if isinstance(device_map, dict) else set()
-        if len(devices) > 1 or "disk" in devices:
-            raise ValueError(f"device_map: expected one device for a packed model, got {', '.join(sorted(devices))}")
+        _check_one_device(device_map)
 
     def get_state_dict_and_metadata(self, model: Any, *_: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """The checkpoint's tensors; what it takes to read them goes into ``model.config``."""
@@ -220,6 +220,7 @@ class FastICLQuantizer(HfQuantizer):
                 del model.all_tied_weights_keys[target]
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        _check_one_device(getattr(model, "hf_device_map", None))  # "auto" may have become several
         for layer in self._packed:
             parts = {part: tensor.contiguous() for part, tensor in layer.stored.named_buffers()}
             spec, bias = layer.spec, model.get_submodule(layer.path).bias
@@ -239,6 +240,12 @@ class FastICLQuantizer(HfQuantizer):
         return model
 
 
+def _check_one_device(device_map: Any) -> None:
+    devices = {str(device) for device in device_map.values()} if isinstance(device_map, Mapping) else set()
+    if len(devices) > 1 or "disk" in devices:
+        raise ValueError(f"device_map: expected one device for a packed model, got {', '.join(sorted(devices))}")
+
+
 def attach(model: Any) -> None:
     """Makes ``model.save_pretrained`` write packed layers as a checkpoint; a model of another quantizer keeps it."""
     if _is_plain(model):
@@ -256,9 +263,11 @@ def check_model(model: object) -> None:
 
 
 def _is_plain(model: Any) -> bool:
-    """Whether no quantizer looks after the model, but for one that unpacked all weights on loading, such as GGUF's."""
+    """Whether all weights are what they seem: no quantizer looks after them, or one that unpacked them on loading."""
     held = getattr(model, "hf_quantizer", None)
-    return held is None or getattr(getattr(held, "quantization_config", None), "dequantize", False)
+    config = getattr(held, "quantization_config", None)
+    unpacked_gguf = getattr(config, "quant_method", None) == "gguf" and not getattr(held, "packed_modules", None)
+    return held is None or unpacked_gguf or getattr(config, "dequantize", False)
 
 
 @contextmanager

@@ -555,6 +555,7 @@ def quantization(**changes: Any) -> Callable[[dict[str, Any]], object]:
         (layer(shape=[1 << 40, 1 << 40]), r"q_proj\.bias: expected .* \[1099511627776\], got F32 \[36\]"),
         (layer(shape=[36, -36]), r"q_proj: shape: expected \[N, K\], got \[36, -36\]"),
         (layer(shape=[36, 36.0]), r"q_proj: shape: expected \[N, K\], got \[36, 36.0\]"),
+        (layer(key="other"), "q_proj: key: expected the layer's or its weight's name, got 'other'"),
         (layer(run="rm"), "q_proj: expected keys format, key, layout, pattern, shape, got run"),
         (quantization(layers={"model.norm": {"format": "bitmap"}}), "norm: expected a linear of Qwen2.*, got Qwen2R"),
         (quantization(layers={"model.layers.9": {"format": "dense"}}), "layers.9: expected a layer of Qwen2For"),
@@ -576,6 +577,18 @@ def test_truncated_files(folder: Path, keep: int) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"model.safetensors: expected a whole safetensors file, got"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_files_elsewhere(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "model.safetensors").rename(tmp_path / "elsewhere" / "model.safetensors")
+    (folder / "shard.safetensors").write_bytes((tmp_path / "elsewhere" / "model.safetensors").read_bytes())
+    names = sorted(read(folder))
+    index = dict.fromkeys(names, "shard.safetensors") | {names[0]: "../elsewhere/model.safetensors"}
+    index_file = {"metadata": {"total_size": 1}, "weight_map": index}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index_file))
+    with pytest.raises(ValueError, match=r"expected files in .*, got .*\.safetensors"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
@@ -689,6 +702,18 @@ def test_what_loading_refuses(folder: Path) -> None:
         )
     with pytest.raises(ValueError, match="device_map: expected one device for a packed model, got cpu, disk"):
         AutoModelForCausalLM.from_pretrained(folder, device_map={"model": "cpu", "lm_head": "disk"})
+
+
+def test_transformers_without_the_plug_in_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fasticl.huggingface", None)
+    monkeypatch.delattr(fasticl, "huggingface")
+    with pytest.warns(UserWarning, match="transformers cannot load FastICL's checkpoints"):
+        checkpoint._register()
+
+
+def test_one_device_may_be_named(saved: Path) -> None:
+    for device_map in ("cpu", {"": "cpu"}):
+        assert len(packed(AutoModelForCausalLM.from_pretrained(saved, device_map=device_map))) == 14
 
 
 def test_formats_are_those_of_pack() -> None:

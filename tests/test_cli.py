@@ -227,7 +227,7 @@ def test_convert_prints_what_it_did(folder: Path, tmp_path: Path) -> None:
     masked, packed = str(tmp_path / "masked"), str(tmp_path / "packed")
     result = invoke("prune", str(folder), masked, "--method", "magnitude", "--pattern", "2:4", "--sparsity", "0.5")
     assert result.exit_code == 0, result.stderr
-    assert "50.0% of 14 weights are zero" in result.stdout
+    assert "50.0% of the weights of 14 layers are zero" in result.stdout
     result = invoke("convert", masked, packed, "--format", "nm", "--min-speedup", "0", "--skip", "mlp",
                     "--skip", "lm_head", "--tokens", "1", "--save-format", "sparse-24-bitmask")  # fmt: skip
     assert result.exit_code == 0, result.stderr
