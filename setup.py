@@ -40,7 +40,7 @@ if __name__ == "__main__":
         setup(
             packages=[*find_packages(include=["fasticl", "fasticl.*"]), "fasticl.kernels"],
             package_dir={"fasticl.kernels": "kernels"},
-            package_data={"fasticl": ["py.typed"]},
+            package_data={"fasticl": ["py.typed", "data/*.tsv"]},
             ext_modules=[cpu],
             cmdclass={"build_ext": build_ext},
         )

@@ -8,6 +8,7 @@ fasticl.convert(model)                                      # store and compute 
 import torch  # first: its OpenMP runtime is the one that the kernels then share
 
 from fasticl import nn, ops
+from fasticl.checkpoint import from_pretrained, register_when_imported, save_pretrained
 from fasticl.convert import ConversionReport, convert, explain
 from fasticl.formats import PackedWeight, pack
 from fasticl.ops import implementations
@@ -23,10 +24,13 @@ __all__ = [
     "__version__",
     "convert",
     "explain",
+    "from_pretrained",
     "implementations",
     "nn",
     "ops",
     "pack",
+    "save_pretrained",
     "sparsify_",
 ]
-del torch
+register_when_imported()
+del register_when_imported, torch

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -39,9 +42,42 @@ def _available(device: str) -> str:
     return device
 
 
+class Format(str, Enum):
+    auto = "auto"
+    bitmap = "bitmap"
+    sliced = "sliced"
+    nm = "nm"
+    compact = "compact"
+
+
+class SaveFormat(str, Enum):
+    fasticl = "fasticl"
+    sparse_bitmask = "sparse-bitmask"
+    sparse_24_bitmask = "sparse-24-bitmask"
+
+
+class Method(str, Enum):
+    magnitude = "magnitude"
+    wanda = "wanda"
+    neurons = "neurons"
+
+
+class Pattern(str, Enum):
+    unstructured = "unstructured"
+    two_four = "2:4"
+    four_eight = "4:8"
+    eight_sixteen = "8:16"
+    neuron = "neuron"
+    head = "head"
+
+
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Of weights and activations.")]
 Device = Annotated[str, typer.Option(callback=_available, help="Where tensors live: cpu, cuda, cuda:1.")]
+OwnDtype = Annotated[Dtype | None, typer.Option("--dtype", help="Of the weights; default: as they are stored.")]
+ModelFolder = Annotated[Path, typer.Argument(help="Folder of a Hugging Face causal language model, packed or not.")]
+OutFolder = Annotated[Path, typer.Argument(help="New folder for the result; it appears when it is complete.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="torch.set_num_threads; default: torch's own.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else, to stdout.")]
 
 
@@ -167,7 +203,7 @@ def doctor(as_json: Json = False) -> None:
 def bench(
     op: Annotated[list[str] | None, typer.Option(help="Only this op; may be given several times.")] = None,
     quick: Annotated[bool, typer.Option(help="A tenth of the time; noisier.")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="torch.set_num_threads; default: torch's own.")] = None,
+    threads: Threads = None,
     seed: Seed = 0,
     dtype: DtypeOption = Dtype.float32,
     device: Device = "cpu",
@@ -179,8 +215,7 @@ def bench(
     ops = op or list(OPS)
     if unknown := [name for name in ops if name not in OPS]:
         raise typer.BadParameter(f"expected one of {', '.join(OPS)}, got {', '.join(unknown)}", param_hint="--op")
-    if threads is not None:
-        torch.set_num_threads(threads)
+    _set_threads(threads)
     rows: list[dict[str, Any]] = []
     console = Console(stderr=True)
     try:
@@ -213,6 +248,244 @@ def bench(
             ],
         )
     )
+
+
+@app.command()
+def convert(
+    model: Annotated[Path, typer.Argument(metavar="IN", help="Folder of a Hugging Face model with zeros.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the packed model.")],
+    format: Annotated[
+        Format, typer.Option(help="To compute in; auto measures those that suit the zeros.")
+    ] = Format.auto,
+    min_speedup: Annotated[
+        float, typer.Option(min=0, help="Layers that gain less stay dense; 0 packs all that have zeros.")
+    ] = 1.0,
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Batch size to measure; several times.")] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="Layer to leave alone; several times. Default: lm_head.")
+    ] = None,
+    save_format: Annotated[
+        SaveFormat, typer.Option(help="Of the files: FastICL's own, or one of compressed-tensors.")
+    ] = SaveFormat.fasticl,
+    threads: Threads = None,
+    dtype: OwnDtype = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Pack the pruned layers of a model folder where that is faster, and save it; from_pretrained loads the result."""
+    import fasticl
+    from fasticl import checkpoint
+    from fasticl.convert import SKIP, TOKENS, table
+    from fasticl.demo.stages import Stages
+
+    _set_threads(threads)
+    with _reported(), Stages(Console(stderr=True)) as stages:
+        _check_free(out)
+        with stages.stage(f"load {model}"):
+            loaded, tokenizer = checkpoint.load(model, dtype=_of_torch(dtype), device=device)
+        with stages.stage("measure and pack its layers"):
+            report = fasticl.convert(
+                loaded, format=format.value, min_speedup=min_speedup, tokens=tokens or TOKENS, skip=skip or SKIP
+            )
+        with stages.stage(f"save {out}"):
+            fasticl.save_pretrained(report.model, out, tokenizer=tokenizer, format=save_format.value)
+    sizes = {"bytes_before": _weight_bytes(model), "bytes_after": _weight_bytes(out)}
+    if as_json:
+        layers = [{**asdict(layer), "dtype": str(layer.dtype).removeprefix("torch.")} for layer in report.layers]
+        found = {"linears": len(report.layers), "packed": len(report.converted), "fused_mlps": report.fused_mlps}
+        _print_json({**found, **sizes, "layers": layers, "seconds": stages.seconds})
+        return
+    typer.echo(table([*report.layers, *report.mlps]))
+    typer.echo(
+        f"{len(report.converted)} of {len(report.layers)} linears packed, {len(report.fused_mlps)} MLPs as one op; "
+        f"{sizes['bytes_before'] / 1e6:.1f} MB before, {sizes['bytes_after'] / 1e6:.1f} MB in {out}"
+    )
+
+
+@app.command()
+def prune(
+    model: Annotated[Path, typer.Argument(metavar="IN", help="Folder of a Hugging Face model.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the model with zeros.")],
+    method: Annotated[Method, typer.Option(help="The score: weights' size, Wanda's, or neurons by their activations.")],
+    sparsity: Annotated[float, typer.Option(min=0, max=1, help="Fraction to remove, below 1; 2:4 and its kin: 0.5.")],
+    pattern: Annotated[
+        Pattern | None, typer.Option(help="What goes together; default: unstructured, or neuron for neurons.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text file that wanda and neurons look at the model with.")
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Calibration texts, consecutive in the file.")] = 32,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 128,
+    dtype: OwnDtype = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Set the least important weights of a model folder to zero, and save it; convert then makes it faster."""
+    import fasticl
+    from fasticl import checkpoint, evaluate
+    from fasticl.demo.stages import Stages
+
+    if method != Method.magnitude and calibration is None:
+        raise typer.BadParameter(f"expected a text file with {method.value}", param_hint="--calibration")
+    with _reported(), Stages(Console(stderr=True)) as stages:
+        config = _config(method, sparsity, pattern)
+        _check_free(out)
+        text = None if calibration is None else calibration.read_text(encoding="utf-8")
+        with stages.stage(f"load {model}"):
+            loaded, tokenizer = checkpoint.load(model, dtype=_of_torch(dtype), device=device)
+        batches = None
+        if text is not None:
+            if tokenizer is None:
+                raise ValueError(f"{model}: expected a tokenizer for the calibration text, got none")
+            batches = evaluate.windows(tokenizer, text, windows, length).to(device)
+        with stages.stage(f"prune it with {method.value}", total=-(-windows // 4)) as advance:
+            report = fasticl.sparsify_(
+                loaded, config, None if batches is None else evaluate.calibration_batches(batches, advance)
+            )
+        with stages.stage(f"save {out}"):
+            fasticl.save_pretrained(loaded, out, tokenizer=tokenizer)
+    if as_json:
+        _print_json({"sparsity": report.total, "layers": [asdict(layer) for layer in report.layers]})
+    else:
+        typer.echo(f"{report}\n{report.total:.1%} of the weights of {len(report.layers)} layers are zero in {out}")
+
+
+def _config(method: Method, sparsity: float, pattern: Pattern | None) -> Any:
+    import fasticl
+
+    if method == Method.neurons:
+        if pattern not in (None, Pattern.neuron):
+            raise typer.BadParameter(f"expected neuron with neurons, got {pattern.value}", param_hint="--pattern")
+        return fasticl.NeuronActivation(sparsity)
+    config = fasticl.Magnitude if method == Method.magnitude else fasticl.Wanda
+    return config(sparsity, (pattern or Pattern.unstructured).value)
+
+
+evaluate_app = typer.Typer(help="Measure a model's quality: perplexity, or few-shot accuracy.", no_args_is_help=True)
+app.add_typer(evaluate_app, name="eval")
+
+
+@evaluate_app.command()
+def ppl(
+    model: ModelFolder,
+    text: Annotated[Path, typer.Option(help="Text file, UTF-8.")],
+    window: Annotated[
+        int | None, typer.Option(min=2, help="Tokens seen at once; default: 1024, or the model's.")
+    ] = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="By which it moves; default: half of it.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Of the text; default: all.")] = None,
+    threads: Threads = None,
+    dtype: OwnDtype = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Perplexity of a text by a sliding window: each token counts once, with the tokens before it."""
+    from fasticl import evaluate
+
+    _set_threads(threads)
+    with _reported():
+        content = text.read_text(encoding="utf-8")
+        loaded, tokenizer = _load_for_eval(model, dtype, device)
+        with Console(stderr=True).status("reading ..."):
+            found = evaluate.perplexity(loaded, tokenizer, content, window=window, stride=stride, max_tokens=max_tokens)
+    if as_json:
+        _print_json({"model": str(model), "text": str(text), **asdict(found)})
+    else:
+        typer.echo(
+            f"perplexity {found.perplexity:.3f} (loss {found.loss:.4f} nats) over {found.tokens} tokens, "
+            f"window {found.window}, stride {found.stride}"
+        )
+
+
+@evaluate_app.command()
+def icl(
+    model: ModelFolder,
+    task: Annotated[list[str] | None, typer.Option(help="Only this task; may be given several times.")] = None,
+    shots: Annotated[
+        list[int] | None,
+        typer.Option(min=0, help="Examples before a question; several times. Default: 0 1 2 4 8 16 32."),
+    ] = None,
+    items: Annotated[int | None, typer.Option(min=1, help="Questions of each task; default: all.")] = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    dtype: OwnDtype = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Few-shot accuracy on FastICL's own tasks, with 95 % intervals: what the model learns from its context."""
+    from fasticl import evaluate
+    from fasticl.demo.stages import Stages
+
+    known = evaluate.task_names()
+    names = task or known
+    if unknown := [name for name in names if name not in known]:
+        raise typer.BadParameter(f"expected one of {', '.join(known)}, got {', '.join(unknown)}", param_hint="--task")
+    _set_threads(threads)
+    counts = sorted(set(shots or evaluate.SHOTS))
+    results = []
+    with _reported(), Stages(Console(stderr=True)) as stages:
+        with stages.stage(f"load {model}"):
+            loaded, tokenizer = _load_for_eval(model, dtype, device)
+        for name in names:
+            with stages.stage(name, total=len(counts) * evaluate.FOLDS) as advance:
+                results += evaluate.few_shot_accuracy(
+                    loaded, tokenizer, evaluate.load_task(name), counts, items=items, seed=seed, advance=advance
+                )
+    results += [evaluate.pooled(results, k) for k in counts]
+    if as_json:
+        rows = [{**asdict(row), "accuracy": row.accuracy, "interval": row.interval} for row in results]
+        _print_json({"model": str(model), "seed": seed, "results": rows})
+        return
+    cells = {
+        (row.task, row.shots): "{:.0f} [{:.0f}, {:.0f}]".format(*(100 * x for x in (row.accuracy, *row.interval)))
+        for row in results
+    }
+    columns = ("task", "items", *(f"k = {k}" for k in counts))
+    asked = {row.task: row.count for row in results}
+    Console().print(
+        _table(
+            "right answers after k examples, in %, with 95 % intervals",
+            columns,
+            [(name, str(asked[name]), *(cells[name, k] for k in counts)) for name in asked],
+        )
+    )
+
+
+def _load_for_eval(model: Path, dtype: Dtype | None, device: str) -> tuple[Any, Any]:
+    from fasticl import checkpoint
+
+    loaded, tokenizer = checkpoint.load(model, dtype=_of_torch(dtype), device=device)
+    if tokenizer is None:
+        raise ValueError(f"{model}: expected a tokenizer beside the model, got none")
+    return loaded, tokenizer
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """Turns what a user can put right into a message and exit code 1."""
+    try:
+        yield
+    except (ImportError, OSError, ValueError) as error:
+        _fail(str(error))
+
+
+def _check_free(out: Path) -> None:
+    """Before the work, not after it."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"expected a new or empty folder, got {out}")
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _of_torch(dtype: Dtype | None) -> torch.dtype | None:
+    return None if dtype is None else dtype.of_torch
 
 
 def _print_demo(results: dict[str, Any], console: Console) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fasticl import formats
+from fasticl.checkpoint import make_serializable
 from fasticl.layers import MLP, fold_masks_
 from fasticl.nn import SparseLinear, SparseMLP, dense_weight
 from fasticl.prune import detect_pattern
@@ -107,7 +108,8 @@ def convert(
     A module counts as an MLP if a small copy of it, on random tokens in eval mode, computes just that. Layers with
     hooks, and those whose weight their owner's ``forward`` reads, stay. Layers alike in shape, dtype, pattern and
     sparsity (to 5 %) are timed together. Run the model under ``torch.inference_mode()``: where gradients are wanted,
-    packed layers compute through their reference, which is slow.
+    packed layers compute through their reference, which is slow. ``save_pretrained`` of a Hugging Face model
+    then writes its layers packed; see :func:`fasticl.save_pretrained`.
 
     Args:
         model: any module; its parameters stay where they are (CPU or GPU).
@@ -124,7 +126,10 @@ def convert(
     _check(model, format, skip, min_speedup, tokens)
     fold_masks_(model)
     report, smaller, packed = _plan(model, format, skip, min_speedup, tokens)
-    return replace(report, model=_replace(_replace(model, smaller), packed))
+    report = replace(report, model=_replace(_replace(model, smaller), packed))
+    if smaller or packed:
+        make_serializable(report.model)
+    return report
 
 
 def explain(model: nn.Module, *, tokens: Sequence[int] = TOKENS) -> str:

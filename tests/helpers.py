@@ -1,8 +1,12 @@
-"""How kernel tests judge a result: against the float64 truth, by what PyTorch achieves, between guard bytes."""
+"""How kernel tests judge a result: against the float64 truth, by what PyTorch achieves, between guard bytes.
+
+And a tiny language model for tests of what runs on folders.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -84,3 +88,30 @@ def guarded(tensor: Tensor, *, shift: int = 0) -> tuple[Tensor, Callable[[], Non
         assert (after == GUARD).all(), "a write past the last element"
 
     return copy, check
+
+
+def save_tiny_model(folder: Path, *, chat_template: str | None = None) -> None:
+    """A random Llama of two layers, and a tokenizer of single bytes."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {token: i for i, token in enumerate(["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    fast.chat_template = chat_template
+    fast.save_pretrained(folder)
+    config = transformers.LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import save_tiny_model
 from typer.testing import CliRunner
 
 import fasticl
@@ -31,7 +32,7 @@ def invoke(*arguments: str) -> Any:
 def test_help_lists_the_commands() -> None:
     result = invoke("--help")
     assert result.exit_code == 0
-    for command in ("demo", "doctor", "bench"):
+    for command in ("demo", "doctor", "bench", "convert", "prune", "eval"):
         assert command in result.stdout
 
 
@@ -111,6 +112,27 @@ def test_cases_cover_the_sparse_ops() -> None:
         ("bench", "--device", "no_such_device"),
         ("demo", "--dtype", "int8"),
         ("demo", "--seed", "-1"),
+        ("convert", "in"),
+        ("convert", "in", "out", "--format", "csr"),
+        ("prune", "in", "out", "--method", "luck", "--sparsity", "0.5"),
+        ("prune", "in", "out", "--method", "wanda", "--sparsity", "0.5"),
+        ("prune", "in", "out", "--method", "magnitude"),
+        (
+            "prune",
+            "in",
+            "out",
+            "--method",
+            "neurons",
+            "--sparsity",
+            "0.5",
+            "--pattern",
+            "2:4",
+            "--calibration",
+            __file__,
+        ),
+        ("eval", "ppl", "in"),
+        ("eval", "icl", "in", "--task", "chess"),
+        ("eval", "icl", "in", "--shots", "-1"),
         ("no_such_command",),
     ],
 )
@@ -150,3 +172,120 @@ def test_failed_check_fails_the_command(tmp_path: Path, monkeypatch: pytest.Monk
     assert result.exit_code == 1
     assert "error: logits [differ] by 1" in result.stderr
     assert json.loads(invoke("demo", "--out", str(tmp_path), "--json").stdout)["failures"] == ["logits [differ] by 1"]
+
+
+# --- on model folders ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("transformers", minversion="5")
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    save_tiny_model(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "text.txt"
+    path.write_text("Rain fell on the roof, and nobody in the house was awake to hear it but the cat. " * 20)
+    return path
+
+
+def test_prune_convert_and_eval(folder: Path, text: Path, tmp_path: Path) -> None:
+    """One folder after the other; the packed one answers as the one with zeros does, and is smaller."""
+    torch.set_num_threads(1)
+    masked, packed = str(tmp_path / "masked"), str(tmp_path / "packed")
+    result = invoke(
+        "prune", str(folder), masked, "--method", "wanda", "--sparsity", "0.5", "--calibration", str(text),
+        "--windows", "5", "--length", "32", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["sparsity"] == pytest.approx(0.5)
+    assert len(found["layers"]) == 14
+    assert "prune it with wanda" in result.stderr
+
+    result = invoke("convert", masked, packed, "--min-speedup", "0", "--tokens", "1", "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert (found["linears"], found["packed"]) == (15, 14)
+    assert found["bytes_after"] < 0.75 * found["bytes_before"]
+
+    found = {}
+    for name in (str(folder), masked, packed):
+        result = invoke("eval", "ppl", name, "--text", str(text), "--window", "64", "--max-tokens", "500", "--json")
+        assert result.exit_code == 0, result.stderr
+        found[name] = json.loads(result.stdout)
+        assert found[name]["tokens"] == 499
+    assert found[packed]["perplexity"] == pytest.approx(found[masked]["perplexity"], rel=1e-4)
+    assert found[masked]["perplexity"] != pytest.approx(found[str(folder)]["perplexity"], rel=1e-4)
+
+
+def test_convert_prints_what_it_did(folder: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    masked, packed = str(tmp_path / "masked"), str(tmp_path / "packed")
+    result = invoke("prune", str(folder), masked, "--method", "magnitude", "--pattern", "2:4", "--sparsity", "0.5")
+    assert result.exit_code == 0, result.stderr
+    assert "50.0% of the weights of 14 layers are zero" in result.stdout
+    result = invoke("convert", masked, packed, "--format", "nm", "--min-speedup", "0", "--skip", "mlp",
+                    "--skip", "lm_head", "--tokens", "1", "--save-format", "sparse-24-bitmask")  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    assert "8 of 15 linears packed, 0 MLPs as one op" in result.stdout
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    assert config["quantization_config"]["sparsity_config"]["format"] == "sparse-24-bitmask"
+    assert (tmp_path / "packed" / "tokenizer_config.json").is_file()
+
+
+def test_prune_neurons(folder: Path, text: Path, tmp_path: Path) -> None:
+    result = invoke("prune", str(folder), str(tmp_path / "out"), "--method", "neurons", "--sparsity", "0.25",
+                    "--calibration", str(text), "--windows", "2", "--length", "16", "--dtype", "bfloat16")  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    model = fasticl.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.bfloat16
+    assert [int(layer.mlp.up_proj.weight.any(1).sum()) for layer in model.model.layers] == [96, 96]
+
+
+def test_eval_icl(folder: Path) -> None:
+    arguments = ("eval", "icl", str(folder), "--task", "antonym", "--task", "category", "--shots", "0", "--shots", "2",
+                 "--items", "12")  # fmt: skip
+    result = invoke(*arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    rows = json.loads(result.stdout)["results"]
+    assert [(row["task"], row["shots"], row["count"]) for row in rows] == [
+        ("antonym", 0, 12), ("antonym", 2, 12), ("category", 0, 12), ("category", 2, 12), ("all", 0, 24), ("all", 2, 24)
+    ]  # fmt: skip
+    assert all(row["interval"][0] <= row["accuracy"] <= row["interval"][1] for row in rows)
+    assert rows[4]["right"] == rows[0]["right"] + rows[2]["right"]
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.stderr
+    for word in ("antonym", "category", "all", "k = 0", "k = 2"):
+        assert word in result.stdout
+
+
+def test_what_is_wrong_with_a_folder(folder: Path, text: Path, tmp_path: Path) -> None:
+    full = str(tmp_path / "full")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    for arguments, message in [
+        (("convert", str(tmp_path / "absent"), str(tmp_path / "out")), "expected a Hugging Face model folder, got"),
+        (("convert", full, str(tmp_path / "out")), "does not load as a causal language model"),
+        (("convert", str(folder), full), "expected a new or empty folder, got"),
+        (("prune", str(folder), full, "--method", "magnitude", "--sparsity", "0.5"), "expected a new or empty folder"),
+        (
+            ("prune", str(folder), str(tmp_path / "out"), "--method", "magnitude", "--sparsity", "1"),
+            "sparsity in [0, 1)",
+        ),
+        (("eval", "ppl", str(folder), "--text", str(tmp_path / "absent")), "No such file"),
+        (("eval", "ppl", str(folder), "--text", str(text), "--window", "5000"), "window: expected 2 to 1024"),
+        (("eval", "icl", str(folder), "--task", "antonym", "--shots", "90"), "shots: expected 0 to 85"),
+        (
+            ("convert", str(folder), str(tmp_path / "out"), "--save-format", "sparse-bitmask"),
+            "expected a packed nn.Linear",
+        ),
+    ]:
+        result = invoke(*arguments)
+        assert result.exit_code == 1, arguments
+        assert message in result.stderr
+        assert result.stdout == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import save_tiny_model
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -23,32 +24,6 @@ from fasticl.stages import Stages
 
 pytest.importorskip("matplotlib")
 transformers = pytest.importorskip("transformers")
-
-
-def save_tiny_model(folder: Path, *, chat_template: str | None = None) -> None:
-    """A random Llama of two layers, and a tokenizer of single bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    vocabulary = {token: i for i, token in enumerate(["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
-    fast.chat_template = chat_template
-    fast.save_pretrained(folder)
-    config = transformers.LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from collections.abc import Callable
-from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 import fasticl
+from fasticl import checkpoint
 from fasticl.convert import LayerDecision
 from fasticl.demo import DemoError
 from fasticl.demo.tasks import RELATIONS, SHOTS, few_shot_prefix, questions
 from fasticl.demo.texts import calibration_text, evaluation_text
+from fasticl.evaluate import calibration_batches, score_continuations, token_losses, windows
 from fasticl.timing import interleaved
 
 if TYPE_CHECKING:
@@ -88,7 +87,7 @@ def run(settings: Settings, stages: Stages, failures: list[str]) -> dict[str, An
 
     with stages.stage(f"prune it with Wanda, {SPARSITY:.0%}", total=math.ceil(len(calibration) / 4)) as advance:
         masked = copy.deepcopy(dense)
-        sparsity = fasticl.sparsify_(masked, fasticl.Wanda(SPARSITY), _batches(calibration, advance))
+        sparsity = fasticl.sparsify_(masked, fasticl.Wanda(SPARSITY), calibration_batches(calibration, advance))
     with stages.stage("convert it to FastICL"):
         report = fasticl.convert(copy.deepcopy(masked))
     models = {"dense": dense, "masked": masked, "fasticl": report.model.eval()}
@@ -160,22 +159,16 @@ def _row(layer: LayerDecision) -> dict[str, Any]:
 
 def load(settings: Settings) -> tuple[nn.Module, Any, str]:
     """The model in evaluation mode, its tokenizer, and the model's name."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
     folder = settings.model or _bundled_model()
     source = {} if settings.model else {"gguf_file": _GGUF}
     try:
-        with redirect_stderr(StringIO()):  # the GGUF reader's own progress bar cannot be turned off
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **source)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=settings.dtype, local_files_only=True, **source)
-    except (OSError, ValueError, KeyError) as error:
-        raise DemoError(f"{folder} does not load as a causal language model: {error}") from error
+        model, tokenizer = checkpoint.load(folder, dtype=settings.dtype, device=settings.device, **source)
+    except ValueError as error:
+        raise DemoError(str(error)) from error
+    if tokenizer is None:
+        raise DemoError(f"{folder} does not load as a causal language model: it has no tokenizer")
     name = folder.resolve().name if settings.model else "SmolLM2-135M-Instruct"
-    return model.eval().to(settings.device), tokenizer, name
+    return model, tokenizer, name
 
 
 def _megabytes(model: nn.Module) -> float:
@@ -185,65 +178,25 @@ def _megabytes(model: nn.Module) -> float:
 
 
 def token_windows(tokenizer: Any, text: str, count: int, length: int) -> Tensor:
-    """``[count, length]`` int64, consecutive; each starts as the tokenizer starts texts."""
-    start = tokenizer("")["input_ids"][:1]
-    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-    step = length - len(start)
-    if len(tokens) < count * step:
-        raise DemoError(f"expected {count * step} tokens of text in Python's documentation, got {len(tokens)}")
-    return torch.tensor([start + tokens[i * step : (i + 1) * step] for i in range(count)])
+    try:
+        return windows(tokenizer, text, count, length)
+    except ValueError as error:
+        raise DemoError(f"Python's documentation: {error}") from error
 
 
-def _batches(windows: Tensor, advance: Callable[[], None]) -> Any:
-    """Calibration batches; the logits, of which only one is asked for, are not what Wanda looks at."""
-    for batch in windows.split(4):
-        yield {"input_ids": batch, "use_cache": False, "logits_to_keep": 1}
-        advance()
-
-
-@torch.inference_mode()
 def perplexity(model: nn.Module, windows: Tensor) -> float:
     """``exp`` of the mean negative log-likelihood of each window's tokens but its first, ``windows [W, L]``."""
-    total = 0.0
-    for batch in windows.split(2):  # 2 x 128 tokens of 49,152 float32 logits are 50 MB
-        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
-        total += nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
-    return math.exp(total / windows[:, 1:].numel())
+    losses = torch.cat([token_losses(model, batch) for batch in windows.split(2)])
+    return math.exp(losses.mean(dtype=torch.float64).item())
 
 
-@torch.inference_mode()
 def few_shot(model: nn.Module, tokenizer: Any, relations: list[str]) -> dict[str, float]:
-    """Fraction of the questions of each relation whose whole answer is what greedy decoding says, and their mean.
-
-    The examples are read once for all questions. One pass answers these: an answer is what greedy decoding says if each
-    of its tokens is the likeliest after those before it. Padding comes last, where a causal model does not see it.
-    """
-    device = next(model.parameters()).device
+    """Fraction of the questions of each relation whose whole answer is what greedy decoding says, and their mean."""
     accuracy = {}
     for relation in relations:
-        examples = few_shot_prefix(relation)
-        rows, starts = [], []  # tokens of a question and its answer, and where the answer begins
-        for question, expected in questions(relation):
-            rows.append(tokenizer(examples + question + expected)["input_ids"])
-            starts.append(_common_prefix(rows[-1], tokenizer(examples + question)["input_ids"]))
-        shared = min(_common_prefix(row, tokenizer(examples)["input_ids"]) for row in rows)
-        first = torch.tensor([rows[0][:shared]], device=device)
-        cache = model(input_ids=first, use_cache=True, logits_to_keep=1).past_key_values
-        cache.batch_repeat_interleave(len(rows))
-        length = max(map(len, rows))
-        rest = torch.tensor([row[shared:] + [0] * (length - len(row)) for row in rows], device=device)
-        logits = model(input_ids=rest, past_key_values=cache, use_cache=True).logits
-        hits = logits[:, :-1].argmax(-1) == rest[:, 1:]  # of the tokens from shared + 1
-        right = [
-            bool(hit[start - shared - 1 : len(row) - shared - 1].all())
-            for hit, start, row in zip(hits, starts, rows, strict=True)
-        ]
-        accuracy[relation] = sum(right) / len(right)
+        scored = score_continuations(model, tokenizer, few_shot_prefix(relation), questions(relation))
+        accuracy[relation] = sum(said for _, said in scored) / len(scored)
     return {**accuracy, "mean": sum(accuracy.values()) / len(accuracy)}
-
-
-def _common_prefix(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 @torch.inference_mode()
