@@ -76,12 +76,14 @@ class BuildExtension(build_ext):
         objects = [Path(self.build_temp) / f"{source}.o" for source in ext.sources]
         host = [f"-I{folder}" for folder in [*ext.include_dirs, *self.include_dirs, *self.compiler.include_dirs]]
         host += ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-        device = ["--threads=2", *(f"-gencode={target}" for target in CUDA_TARGETS)]
+        targets = [f"-gencode={target}" for target in CUDA_TARGETS]
         for source, made in zip(ext.sources, objects, strict=True):
             made.parent.mkdir(parents=True, exist_ok=True)
-            self.nvcc(*host, *(device if source.endswith(".cu") else ()), "-c", source, "-o", str(made))
+            self.nvcc(
+                *host, *(["--threads=2", *targets] if source.endswith(".cu") else ()), "-c", source, "-o", str(made)
+            )
         output.parent.mkdir(parents=True, exist_ok=True)
-        self.nvcc("-shared", "-cudart=static", *map(str, objects), "-o", str(output))
+        self.nvcc("-shared", "-cudart=static", *targets, *map(str, objects), "-o", str(output))
 
     def nvcc(self, *arguments: str) -> None:
         print(NVCC, *arguments, flush=True)

@@ -5,7 +5,7 @@
 // through a ring in shared memory, and meets the others only at the end, where their sums are added in a fixed order:
 // split-K without a second kernel, without memory besides y, and with the same result every time.
 //
-// Budget. A warp's shared memory is kWarpBytes = 18.5 KiB: three blocks of four warps fill an sm_90 multiprocessor
+// Budget. A warp's shared memory is kWarpBytes = 18 KiB: three blocks of four warps fill an sm_90 multiprocessor
 // (227 KiB), two fill one of sm_80 (163 KiB). At density d a warp has `depth` chunks of about 2048 d + 128 bytes under
 // way: with depth 4, d = 1/2 and 12 warps, 54 KiB a multiprocessor.
 #include "bitmap_linear_cuda.h"
@@ -21,7 +21,7 @@ constexpr int kChunkRows = kChunk * kStrip / 32 / 2;  // the most rows that a ch
 // Rows of the ring in use while chunk c is decoded and chunk c + depth arrives: the lag, what depth + 1 chunks add, and
 // the rest of a last quad. Greater depths are for weights whose chunks add less; fasticl/lane_stream.py sees to it.
 static_assert(kLag + (kMinDepth + 1) * kChunkRows + kQuad - 1 <= kRing, "the ring must hold the densest weight");
-static_assert(kTail >= kChunkRows + 1 && kRing % kQuad == 0 && kTail % kQuad == 0, "what a chunk reads past the ring");
+static_assert(kTail >= kChunkRows && kRing % kQuad == 0 && kTail % kQuad == 0, "what a chunk takes from past the ring");
 static_assert(kMasks > kMaxDepth && (kMasks & (kMasks - 1)) == 0, "slots of masks");
 
 // The 16 columns of x that a lane multiplies in a chunk.
@@ -116,19 +116,20 @@ __global__ void __launch_bounds__(kMaxWarps * 32) bitmap_linear_kernel(const Bit
   if (threadIdx.x < 16) reinterpret_cast<uint2*>(shared)[threadIdx.x] = nibble_entry(threadIdx.x);
   __syncthreads();
 
-  const int first = static_cast<int>(static_cast<int64_t>(p.chunks) * warp / splits);
-  const int last = static_cast<int>(static_cast<int64_t>(p.chunks) * (warp + 1) / splits);
+  const int first = p.chunks * warp / splits, last = p.chunks * (warp + 1) / splits;
   unsigned char* const memory = shared + kTableBytes + warp * kWarpBytes;
   Stream stream(p, memory, strip, first, last);
   for (int i = 0; i < p.depth; ++i) stream.fetch();
 
-  const T*
-      x_rows[kTiles];  // a lane's columns of the next chunk; of a token past the last one that one's: no sum is kept
+  // The lane's columns of the next chunk, by tile of 8 tokens; of a token past the last one, that one's: no sum is
+  // kept.
+  const T* x_rows[kTiles];
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
     const int64_t token = token0 + tile * 8 + g;
     x_rows[tile] = static_cast<const T*>(p.x) + (token < p.M ? token : p.M - 1) * p.x_stride + first * kChunk + t * 16;
   }
+
   float sums[kTiles][4] = {};
   const int32_t* starts = p.starts + strip * p.chunks + first;
   const int first_row = *starts;
@@ -137,7 +138,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32) bitmap_linear_kernel(const Bit
   uint32_t position = 0;  // of the lane in its stream, in values since the first chunk
 #pragma unroll 1
   for (int chunk = first; chunk < last; ++chunk) {
-    const int left = static_cast<int>(p.K) - chunk * kChunk;  // columns
+    const int left = p.K - chunk * kChunk;  // columns
     const bool aligned = p.x_vectors && left >= kChunk;
     const auto load = [&](int tile) {
       const T* const x = x_rows[tile];
@@ -166,7 +167,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32) bitmap_linear_kernel(const Bit
         const uint32_t nibble = mask >> (8 * step + 4 * half) & 15;
         const uint2 entry = reinterpret_cast<const uint2*>(shared)[nibble];
         const uint32_t* const words = reinterpret_cast<const uint32_t*>(shared + ((at & ~127u) | 4u * lane));
-        const uint32_t w0 = words[0], w1 = words[32], w2 = words[64];
+        const uint32_t w0 = words[0], w1 = words[32], w2 = words[64];  // of rows not yet there, nothing is taken
         const uint32_t shift = at >> 2;  // 16 for the second value of a word; rows are multiples of 32
         const uint32_t v0 = shift_right_wrap(w0, w1, shift), v1 = shift_right_wrap(w1, w2, shift);
         a[step][half] = permute(v0, 0, entry.x);
@@ -185,9 +186,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32) bitmap_linear_kernel(const Bit
     }
   }
 
-  copy_async_wait<0>();
-  __syncwarp();  // the ring is read to its end: the warp's sums take its place
-#pragma unroll
+#pragma unroll  // into the ring: all copies have landed there, and no other lane reads this one's words
   for (int i = 0; i < kTiles * 4; ++i) reinterpret_cast<float*>(memory)[i * 32 + lane] = sums[i / 4][i % 4];
   __syncthreads();
   for (int i = threadIdx.x; i < kTiles * 8 * kStrip; i += blockDim.x) {
@@ -195,12 +194,11 @@ __global__ void __launch_bounds__(kMaxWarps * 32) bitmap_linear_kernel(const Bit
     const int64_t token = token0 + column, n = p.row_order[strip * kStrip + output];
     if (token >= p.M || n < 0) continue;
     const int held = (column / 8 * 4 + output / 8 * 2 + column % 2) * 32 + output % 8 * 4 + column % 8 / 2;
-    float sum = p.bias ? to_float(static_cast<const T*>(p.bias)[n]) : 0.0f;
-    float product = 0.0f;
+    float sum = 0.0f;
     for (int w = 0; w < splits; ++w) {
-      product += reinterpret_cast<const float*>(shared + kTableBytes + w * kWarpBytes)[held];
+      sum += reinterpret_cast<const float*>(shared + kTableBytes + w * kWarpBytes)[held];
     }
-    sum += product;
+    if (p.bias) sum += to_float(static_cast<const T*>(p.bias)[n]);
     from_float(activate(p.activation, sum), static_cast<T*>(p.y)[token * p.y_stride + n]);
   }
 }

@@ -20,20 +20,23 @@ are ordered by their counts where that saves bytes: lanes of rows about equally 
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fasticl.formats import PackedWeight, expand_bits
+if TYPE_CHECKING:
+    from fasticl.formats import PackedWeight
 
 DTYPES = (torch.bfloat16, torch.float16)
 STRIP, CHUNK, LANES = 16, 64, 32  # outputs, columns, lanes
 LAG, RING, QUAD = 28, 112, 4  # rows; they are copied by four
 DEPTHS = (8, 4)  # chunks under way: the ring holds 4 of any weight, 8 where all chunks are sparse enough
-WARP_BYTES, TABLE_BYTES = 18944, 128  # shared memory of a warp, and of a block besides
+WARP_BYTES, TABLE_BYTES = 18432, 128  # shared memory of a warp, and of a block besides
 MAX_SPLITS = 8
 WARPS = 12  # that a multiprocessor should have: how finely K is split
 MIN_SHARE = 8  # chunks: the ends of a share's streams are padding, which shorter shares have more of
@@ -53,9 +56,12 @@ class LaneStream:
     depth: int  # chunks that are fetched ahead
 
     @property
-    def bytes(self) -> int:
-        """Memory held, and what a product with up to 64 tokens reads of the weight, in bytes."""
-        return sum(t.numel() * t.element_size() for t in (self.values, self.masks, self.starts, self.row_order))
+    def tensors(self) -> list[Tensor]:
+        return [self.values, self.masks, self.starts, self.row_order]
+
+    @property
+    def plan(self) -> list[int]:
+        return [self.splits, self.depth]
 
 
 def to_lanes(
@@ -77,20 +83,22 @@ def to_lanes(
     if packed.format == "compact":
         raise ValueError("lane streams: expected format bitmap, sliced or nm, got compact")
     N, K = packed.shape
-    if -(-N // STRIP) * -(-K // CHUNK) * STRIP * CHUNK // 64 + QUAD >= 2**31:
-        raise ValueError(f"lane streams: expected fewer than 2**37 positions, got {N} x {K}")
+    if (
+        -(-N // STRIP) * -(-K // CHUNK) >= 2**27 or K >= 2**31
+    ):  # a chunk adds 16 rows at most, which are counted in int32
+        raise ValueError(f"lane streams: expected K < 2**31 and fewer than 2**27 strips times chunks, got {N} x {K}")
     most = min(MAX_SPLITS, (shared_bytes - TABLE_BYTES) // WARP_BYTES)
     if splits is None:
         splits = _choose_splits(-(-N // STRIP), -(-K // CHUNK), multiprocessors, most)
     if not 1 <= splits <= most:
         raise ValueError(f"lane streams: expected 1 to {most} splits, got {splits}")
 
-    keep = expand_bits(packed.bitmask, K)
+    dense = packed.unpack().view(torch.int16)
+    keep = packed.keep
     row_order, advance, starts = _order(keep, splits)
     strips, chunks = len(row_order) // STRIP, -(-K // CHUNK)
     first_rows = torch.zeros(strips * chunks + 1, dtype=torch.int64, device=keep.device)
     torch.cumsum(advance.flatten(), 0, out=first_rows[1:])
-    dense = packed.unpack().view(torch.int16)
     values = torch.zeros((int(first_rows[-1]) + QUAD) * LANES * 2, dtype=torch.int16, device=keep.device)
     masks = torch.zeros((strips, chunks, LANES), dtype=torch.int32, device=keep.device)
     lane = torch.arange(LANES, device=keep.device)[:, None]
@@ -107,6 +115,21 @@ def to_lanes(
     return LaneStream(
         values.view(torch.int32).view(-1, LANES), masks, first_rows.int(), row_order.int(), splits, depth
     )  # fmt: skip
+
+
+def derive_lanes(packed: PackedWeight) -> LaneStream | None:
+    """The layout for the kernel on the weight's own device, or None where none takes it.
+
+    Taken are bitmap weights of bfloat16 or float16 on a CUDA device of compute capability 8.0 or newer, with
+    ``fasticl._C_cuda`` built.
+    """
+    if packed.device.type != "cuda" or packed.format != "bitmap" or packed.dtype not in DTYPES:
+        return None
+    properties = torch.cuda.get_device_properties(packed.device)
+    if properties.major < 8 or importlib.util.find_spec("fasticl._C_cuda") is None:
+        return None
+    shared_bytes = getattr(properties, "shared_memory_per_block_optin", 99 << 10)  # at least, from 8.0 on
+    return to_lanes(packed, multiprocessors=properties.multi_processor_count, shared_bytes=shared_bytes)
 
 
 def from_lanes(lanes: LaneStream, N: int, K: int, dtype: torch.dtype) -> Tensor:

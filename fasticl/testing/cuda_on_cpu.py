@@ -17,10 +17,8 @@ from types import ModuleType
 
 ROOT = Path(__file__).parents[2]
 NAME = "_cuda_on_cpu"
-SANITIZERS = (
-    "-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined",
-    "-fno-omit-frame-pointer", "-g1",
-)  # fmt: skip
+CHECKS = ("-fsanitize=alignment,shift", "-fno-sanitize-recover=all")  # always: a GPU refuses misaligned addresses
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-omit-frame-pointer", "-g1")
 
 
 def load(csrc: Path = ROOT / "csrc") -> ModuleType:
@@ -48,7 +46,7 @@ def _build(csrc: Path, sanitize: bool) -> Path:
 
     includes = [f"-I{folder}" for folder in (csrc, pybind11.get_include(), sysconfig.get_path("include"))]
     flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-DFASTICL_CUDA_ON_CPU", "-Wall", "-Wextra"]
-    flags += ["-Wno-unknown-pragmas", *(SANITIZERS if sanitize else ())]
+    flags += ["-Wno-unknown-pragmas", *(SANITIZERS if sanitize else ()), *CHECKS]
     compiler = os.environ.get("CXX", "g++")
     digest = hashlib.sha256(repr((compiler, flags, sys.version)).encode())
     for path in sorted([*csrc.rglob("*.h"), *csrc.glob("*_cuda.*")]):
