@@ -7,7 +7,8 @@ The *portable* form is a bitmask and the stored values by rows, the tensors of c
     row_offsets  int64 [N + 1]; row n is values[row_offsets[n] : row_offsets[n + 1]]
 
 On the CPU the row kernels run on this form as it is: it streams a row's values once and needs a bit per position,
-``4 d + 1/8`` bytes for float32 at density ``d``, and one copy serves one token and a thousand. Formats:
+``4 d + 1/8`` bytes for float32 at density ``d``, and one copy serves one token and a thousand. On a GPU a bitmap weight
+is held in the order of its kernel too, ``PackedWeight.lanes`` (fasticl/lane_stream.py). Formats:
 
     bitmap   any zeros
     nm       exactly n values in every m consecutive columns; zeros are stored where a group has fewer

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
 
@@ -21,6 +23,7 @@ from fasticl.ops import _registry as registry
 from fasticl.testing import cuda_on_cpu
 
 DTYPES = lane_stream.DTYPES
+TENSORS = ("values", "masks", "starts", "row_order")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 # (N, K), splits, and why
 SHAPES = {
@@ -51,6 +54,12 @@ class Kernels:
 
     def __init__(self, module: ModuleType, device: str) -> None:
         self.module, self.device = module, device
+        self.set_seed(0)
+
+    def set_seed(self, seed: int) -> None:
+        """Another order of threads and of copies; a GPU has its own."""
+        if self.device == "cpu":
+            self.module.set_seed(seed)
 
     def __call__(
         self, x: Tensor, lanes: LaneStream, y: Tensor, bias: Tensor | None = None, activation: str | None = None
@@ -134,14 +143,15 @@ def test_lanes_of_very_different_length(kernels: Kernels, kind: str) -> None:
         keep[:, ::97] = True
     elif kind == "one_dense_lane":
         keep.view(N, -1, 4, 16)[:, :, 2] = True
-        keep.view(N, -1, 4, 16)[:, -1, 1] = True
+        keep.view(N, -1, 4, 16)[:, [7, 12, 23], 1] = True  # far behind: its words are the oldest in a full ring
     elif kind == "lanes_take_turns":
         keep.view(N, -1, 6 * 64)[:, 0::2, :][..., torch.arange(6 * 64) % 64 < 16] = True
         keep.view(N, -1, 6 * 64)[:, 1::2, :][..., torch.arange(6 * 64) % 64 >= 48] = True
     else:
         keep = torch.rand(N, K) < torch.rand(N, 1) ** 2
     weight = torch.randn(N, K).bfloat16().masked_fill(~keep, 0.0)
-    for splits in (1, 3):
+    for splits, seed in ((1, 0), (1, 1), (3, 2)):  # copies land late, early, or as drawn
+        kernels.set_seed(seed)
         kernels.assert_as_dense(torch.randn(8, K).bfloat16(), weight, splits=splits)
 
 
@@ -183,7 +193,7 @@ def test_any_shape_and_mask(data: st.DataObject) -> None:
     weight = torch.randn(N, K).to(dtype).masked_fill(torch.rand(N, K) >= rows, 0.0)
     bias = torch.randn(N).to(dtype) if data.draw(st.booleans(), "bias") else None
     activation = data.draw(st.sampled_from(ACTIVATIONS), "activation")
-    kernels.module.set_seed(data.draw(st.integers(0, 1000), "order of threads"))
+    kernels.set_seed(data.draw(st.integers(0, 1000), "order of threads"))
     kernels.assert_as_dense(torch.randn(M, K).to(dtype), weight, bias, activation, splits=splits)
 
 
@@ -196,7 +206,7 @@ def test_no_order_of_threads_and_copies_changes_a_bit() -> None:
     weight, x = pruned(16, 64 * 25, 0.6), torch.randn(12, 64 * 25).bfloat16()
     results = []
     for seed in range(9):
-        kernels.module.set_seed(seed)
+        kernels.set_seed(seed)
         results.append(kernels.linear(x, weight, None, "gelu", splits=3))
     assert not results[0].isnan().any()
     for result in results[1:]:
@@ -251,9 +261,99 @@ def test_negative_zeros_and_nan_are_weights(kernels: Kernels) -> None:
     assert torch.equal(kernels.linear(x, weight, None, None).isnan(), dense(x, weight).isnan())
 
 
+# ---- behind the op --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def op(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:
+    """What the dispatcher calls for CUDA tensors, on CPU tensors: with the module that runs there, and no stream."""
+    module = importlib.import_module("fasticl.ops.bitmap_linear")
+    monkeypatch.setattr(module, "_C_cuda", cuda_on_cpu.load())
+    monkeypatch.setattr(registry, "cuda_stream", lambda x: (0, 0))
+    return module.cuda
+
+
+def test_the_op_takes_any_x(op: Callable[..., Tensor]) -> None:
+    """Batch dimensions, strides, no tokens, a strided bias."""
+    weight, bias = pruned(20, 70, 0.5), torch.randn(20, 2).bfloat16()[:, 0]
+    packed = fasticl.pack(weight, "bitmap")
+    lanes = to_lanes(packed)
+    layouts = {
+        "one": torch.randn(70),
+        "batches": torch.randn(2, 3, 70),
+        "transposed": torch.randn(70, 4).T,
+        "every second column": torch.randn(3, 140)[:, ::2],
+        "every second row": torch.randn(6, 70)[::2],
+        "no tokens": torch.randn(0, 70),
+    }
+    for name, x in layouts.items():
+        x = x.bfloat16()
+        y = op(x, packed.values, packed.bitmask, packed.row_offsets, bias, "silu", lanes.tensors, lanes.plan)
+        assert y.is_contiguous(), name
+        truth = dense(x.double(), weight.double(), bias.double(), "silu")
+        assert_close_to_truth(y, truth, dense(x, weight, bias, "silu"))
+
+
+def test_the_op_without_rows_or_columns(op: Callable[..., Tensor]) -> None:
+    for N, K in ((0, 70), (5, 0)):
+        packed = fasticl.pack(torch.zeros(N, K).half(), "bitmap")
+        lanes, bias = to_lanes(packed), torch.randn(N).half()
+        x = torch.randn(3, K).half()
+        y = op(x, packed.values, packed.bitmask, packed.row_offsets, bias, "relu", lanes.tensors, lanes.plan)
+        assert torch.equal(y, bias.relu().expand(3, N))
+
+
+def test_the_op_refuses_by_name(op: Callable[..., Tensor]) -> None:
+    packed = fasticl.pack(pruned(20, 70, 0.5), "bitmap")
+    lanes, portable = to_lanes(packed), (packed.values, packed.bitmask, packed.row_offsets)
+    with pytest.raises(TypeError, match=r"bitmap_linear: x: expected dtype bfloat16 or float16 .*, got torch\.float32"):
+        op(torch.randn(1, 70), *portable, None, None, lanes.tensors, lanes.plan)
+    with pytest.raises(ValueError, match=r"bitmap_linear: masks: expected shape \[2, 3, 32\], got \[2, 2, 32\]"):
+        op(torch.randn(1, 140).bfloat16(), *portable, None, None, lanes.tensors, lanes.plan)
+
+
+def test_the_op_runs_the_reference_where_no_kernel_fits(op: Callable[..., Tensor]) -> None:
+    packed = fasticl.pack(pruned(20, 70, 0.5), "bitmap")
+    portable = (packed.values, packed.bitmask, packed.row_offsets)
+    x, lanes = torch.randn(257, 70).bfloat16(), to_lanes(packed)
+    expected = fasticl.ops.bitmap_linear(x, packed)
+    for arguments in ((None, None), (lanes.tensors, lanes.plan)):
+        torch.testing.assert_close(op(x, *portable, None, None, *arguments), expected)
+
+
+def test_the_schema_takes_the_layout() -> None:
+    """On the CPU it is passed over; fake tensors and the dispatcher take it."""
+    weight, x = pruned(20, 70, 0.5), torch.randn(2, 3, 70).bfloat16()
+    packed = fasticl.pack(weight, "bitmap")
+    lanes = to_lanes(packed)
+    arguments = (x, packed.values, packed.bitmask, packed.row_offsets, None, "relu", lanes.tensors, lanes.plan)
+    torch.library.opcheck(torch.ops.fasticl.bitmap_linear.default, arguments)
+    held = replace(packed, lanes=lanes)
+    assert torch.equal(
+        fasticl.ops.bitmap_linear(x, held, None, "relu"), fasticl.ops.bitmap_linear(x, packed, None, "relu")
+    )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_the_module_runs_the_kernel() -> None:
+    """A layer moved there, cast there and captured in a CUDA graph."""
+    from fasticl.nn import SparseLinear
+
+    weight, x = pruned(48, 200, 0.5, torch.float16), torch.randn(5, 200)
+    layer = SparseLinear(fasticl.pack(weight, "bitmap")).cuda().bfloat16()
+    assert layer.packed.validate().lanes is not None
+    static = x.bfloat16().cuda()
+    expected = layer(static).clone()
+    rounded = weight.bfloat16()
+    assert_close_to_truth(expected.cpu(), dense(x.bfloat16().double(), rounded.double()), dense(x.bfloat16(), rounded))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layer(static)
+    captured.zero_()
+    graph.replay()
+    assert torch.equal(captured, expected)
+
+
 def test_the_layout_has_the_kernels_numbers() -> None:
     numbers = cuda_on_cpu.load().lane_stream
     assert {name: getattr(lane_stream, name) for name in numbers} == numbers
-
-
-TENSORS = ("values", "masks", "starts", "row_order")
