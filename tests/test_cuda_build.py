@@ -20,7 +20,7 @@ CUOBJDUMP = shutil.which("cuobjdump", path=TOOLS)
 ARCHITECTURES = ["80", "90a"]
 REGISTERS = 168  # three blocks of 128 threads a multiprocessor, 65536 registers, 8 at a time
 
-pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 needs_cuobjdump = pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump")
 
 
@@ -49,6 +49,7 @@ def kernels_of(cubin: Path) -> dict[str, list[tuple[int, str]]]:
     return found
 
 
+@needs_nvcc
 def test_registers_and_no_spills(compiled: tuple[Path, str]) -> None:
     registers = [int(count) for count in re.findall(r"Used (\d+) registers", compiled[1])]
     assert len(registers) == 8  # two dtypes, four widths of tokens
@@ -59,6 +60,7 @@ def test_registers_and_no_spills(compiled: tuple[Path, str]) -> None:
     )
 
 
+@needs_nvcc
 @needs_cuobjdump
 def test_machine_code(compiled: tuple[Path, str]) -> None:
     kernels = kernels_of(compiled[0])
@@ -91,7 +93,53 @@ def test_the_module_needs_no_driver() -> None:
 @needs_cuobjdump
 def test_the_module_has_code_for_all_targets() -> None:
     cuda = pytest.importorskip("fasticl._C_cuda")
-    for option, expected in (("--list-elf", ["sm_80", "sm_90a"]), ("--list-ptx", ["sm_80"])):
+    for option, expected in (("--list-elf", {"sm_80", "sm_90a"}), ("--list-ptx", {"sm_80"})):
         command = [CUOBJDUMP, option, cuda.__file__]
         listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        assert re.findall(r"\.(sm_\w+)\.", listed) == expected
+        assert set(re.findall(r"\.(sm_\w+)\.", listed)) == expected
+
+
+# ---- setup.py, with an nvcc that fails ------------------------------------------------------------------------------
+
+BUILD = """
+import importlib.util, sys
+from setuptools.dist import Distribution
+from setuptools.errors import CompileError
+
+spec = importlib.util.spec_from_file_location("setup", "setup.py")
+setup = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(setup)
+cuda = [extension for extension in setup.extensions if extension.name == "fasticl._C_cuda"]
+print("extensions:", len(cuda))
+if cuda:
+    command = setup.BuildExtension(Distribution({"name": "fasticl", "ext_modules": cuda}))
+    command.build_lib = command.build_temp = sys.argv[1]
+    command.ensure_finalized()
+    try:
+        command.run()
+        print("went on")
+    except CompileError as error:
+        print("stopped:", error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("mode", "nvcc", "expected"),
+    [
+        ("auto", "false", ["extensions: 1", "went on"]),
+        ("1", "false", ["extensions: 1", "stopped: nvcc:"]),
+        ("auto", "absent", ["extensions: 0"]),
+        ("1", "absent", ["FASTICL_CUDA=1: expected nvcc at one of absent, got none"]),
+        ("0", "false", ["extensions: 0"]),
+        ("yes", "false", ["FASTICL_CUDA: expected auto, 0 or 1, got 'yes'"]),
+    ],
+)
+def test_building_without_a_working_nvcc(mode: str, nvcc: str, expected: list[str], tmp_path: Path) -> None:
+    """auto goes on, 1 stops, 0 does not look; ``false`` is a program that fails whatever it is told."""
+    environment = {**os.environ, "FASTICL_CUDA": mode, "FASTICL_NVCC": nvcc}
+    environment.pop("FASTICL_SANITIZE", None)
+    command = [sys.executable, "-c", BUILD, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    for text in expected:
+        assert text in done.stdout + done.stderr, done.stdout + done.stderr
+    assert not list(tmp_path.rglob("*.so"))
