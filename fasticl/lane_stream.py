@@ -83,33 +83,32 @@ def to_lanes(
     if packed.format == "compact":
         raise ValueError("lane streams: expected format bitmap, sliced or nm, got compact")
     N, K = packed.shape
-    if (
-        -(-N // STRIP) * -(-K // CHUNK) >= 2**27 or K >= 2**31
-    ):  # a chunk adds 16 rows at most, which are counted in int32
+    strips, chunks = -(-N // STRIP), -(-K // CHUNK)
+    if strips * chunks >= 2**27 or K >= 2**31:  # a chunk adds up to 16 rows, which are counted in int32
         raise ValueError(f"lane streams: expected K < 2**31 and fewer than 2**27 strips times chunks, got {N} x {K}")
     most = min(MAX_SPLITS, (shared_bytes - TABLE_BYTES) // WARP_BYTES)
     if splits is None:
-        splits = _choose_splits(-(-N // STRIP), -(-K // CHUNK), multiprocessors, most)
+        splits = _choose_splits(strips, chunks, multiprocessors, most)
     if not 1 <= splits <= most:
         raise ValueError(f"lane streams: expected 1 to {most} splits, got {splits}")
 
     dense = packed.unpack().view(torch.int16)
     keep = packed.keep
     row_order, advance, starts = _order(keep, splits)
-    strips, chunks = len(row_order) // STRIP, -(-K // CHUNK)
     first_rows = torch.zeros(strips * chunks + 1, dtype=torch.int64, device=keep.device)
     torch.cumsum(advance.flatten(), 0, out=first_rows[1:])
     values = torch.zeros((int(first_rows[-1]) + QUAD) * LANES * 2, dtype=torch.int16, device=keep.device)
     masks = torch.zeros((strips, chunks, LANES), dtype=torch.int32, device=keep.device)
     lane = torch.arange(LANES, device=keep.device)[:, None]
     bit = torch.tensor([1 << i if i < 31 else -(1 << 31) for i in range(32)], dtype=torch.int32, device=keep.device)
+    begin = _share_rows(first_rows, strips, chunks, splits)
     for some in _slabs(strips, chunks):
         rows = row_order[some.start * STRIP : some.stop * STRIP]
         kept, elements = _by_lanes(keep, rows), _by_lanes(dense, rows)  # [strips, chunks, lanes, 32]
         masks[some] = (kept * bit).sum(-1, dtype=torch.int32)
         position = starts[some][..., None] + kept.cumsum(-1) - 1  # since the share's first row
         index = 2 * LANES * (position // 2) + 2 * lane + position % 2
-        index += 2 * LANES * _share_rows(first_rows, strips, chunks, splits)[some][..., None, None]
+        index += 2 * LANES * begin[some][..., None, None]
         values[index[kept]] = elements[kept]
     depth = next(depth for depth in DEPTHS if depth == DEPTHS[-1] or _fits(advance, splits, depth))
     return LaneStream(
@@ -125,6 +124,8 @@ def derive_lanes(packed: PackedWeight) -> LaneStream | None:
     """
     if packed.device.type != "cuda" or packed.format != "bitmap" or packed.dtype not in DTYPES:
         return None
+    if int(packed.keep.sum()) != packed.values.numel():
+        return None  # memory that is yet to be filled (nn.Module.to_empty)
     properties = torch.cuda.get_device_properties(packed.device)
     if properties.major < 8 or importlib.util.find_spec("fasticl._C_cuda") is None:
         return None
