@@ -6,6 +6,7 @@ import importlib
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -23,6 +24,7 @@ from fasticl.ops import _registry as registry
 from fasticl.testing import cuda_on_cpu
 
 DTYPES = lane_stream.DTYPES
+CSRC = Path(__file__).parents[1] / "csrc"  # also where the package that is tested is a copy elsewhere
 TENSORS = ("values", "masks", "starts", "row_order")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 # (N, K), splits, and why
@@ -46,7 +48,7 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
         from fasticl import _C_cuda
 
         return Kernels(_C_cuda, "cuda")
-    return Kernels(cuda_on_cpu.load(), "cpu")
+    return Kernels(cuda_on_cpu.load(CSRC), "cpu")
 
 
 class Kernels:
@@ -185,7 +187,7 @@ def test_activations_over_their_whole_range(kernels: Kernels, activation: str | 
 @settings(max_examples=40)
 @given(data=st.data())
 def test_any_shape_and_mask(data: st.DataObject) -> None:
-    kernels = Kernels(cuda_on_cpu.load(), "cpu")
+    kernels = Kernels(cuda_on_cpu.load(CSRC), "cpu")
     N, M, K = (data.draw(st.integers(0, most), name) for most, name in ((50, "N"), (20, "M"), (300, "K")))
     splits, dtype = data.draw(st.integers(1, 8), "splits"), data.draw(st.sampled_from(DTYPES), "dtype")
     kinds = st.sampled_from([0.0, 1.0, 0.5, 0.03])
@@ -202,7 +204,7 @@ def test_any_shape_and_mask(data: st.DataObject) -> None:
 
 def test_no_order_of_threads_and_copies_changes_a_bit() -> None:
     """The kernel waits for all that it reads, reads all before it is overwritten, and adds in one order."""
-    kernels = Kernels(cuda_on_cpu.load(), "cpu")
+    kernels = Kernels(cuda_on_cpu.load(CSRC), "cpu")
     weight, x = pruned(16, 64 * 25, 0.6), torch.randn(12, 64 * 25).bfloat16()
     results = []
     for seed in range(9):
@@ -217,7 +219,7 @@ def test_no_order_of_threads_and_copies_changes_a_bit() -> None:
 @pytest.mark.parametrize("shift", [0, 1])
 def test_nothing_outside_is_read_or_written(shift: int, dtype: torch.dtype) -> None:
     """Between guard bytes, with gaps of NaN between the rows of x and y, aligned and off by one element."""
-    kernels = Kernels(cuda_on_cpu.load(), "cpu")
+    kernels = Kernels(cuda_on_cpu.load(CSRC), "cpu")
     N, K, gap = 37, 165, 3
     weight, bias, checks = pruned(N, K, 0.5, dtype), torch.randn(N).to(dtype), []
 
@@ -268,7 +270,7 @@ def test_negative_zeros_and_nan_are_weights(kernels: Kernels) -> None:
 def op(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:
     """What the dispatcher calls for CUDA tensors, on CPU tensors: with the module that runs there, and no stream."""
     module = importlib.import_module("fasticl.ops.bitmap_linear")
-    monkeypatch.setattr(module, "_C_cuda", cuda_on_cpu.load())
+    monkeypatch.setattr(module, "_C_cuda", cuda_on_cpu.load(CSRC))
     monkeypatch.setattr(registry, "cuda_stream", lambda x: (0, 0))
     return module.cuda
 
@@ -355,5 +357,5 @@ def test_on_a_gpu_the_module_runs_the_kernel() -> None:
 
 
 def test_the_layout_has_the_kernels_numbers() -> None:
-    numbers = cuda_on_cpu.load().lane_stream
+    numbers = cuda_on_cpu.load(CSRC).lane_stream
     assert {name: getattr(lane_stream, name) for name in numbers} == numbers

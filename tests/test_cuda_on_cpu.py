@@ -103,6 +103,7 @@ API uint16_t call_f16(float v) { f16 r; from_float(v, r); return r.bits; }
 API float call_float(uint16_t bits, bool half) { return half ? to_float(f16{bits}) : to_float(bf16{bits}); }
 """
 SEEDS = range(12)
+CSRC = Path(__file__).parents[1] / "csrc"
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     folder = tmp_path_factory.mktemp("cuda_on_cpu")
     (folder / "kernels.cpp").write_text(SOURCE)
     sanitized = "libasan" in os.environ.get("LD_PRELOAD", "")
-    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", f"-I{cuda_on_cpu.ROOT / 'csrc'}"]
+    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", f"-I{CSRC}"]
     command += [*(cuda_on_cpu.SANITIZERS if sanitized else ()), "kernels.cpp", "-o", "kernels.so"]
     subprocess.run(command, cwd=folder, check=True)
     library = ctypes.CDLL(str(Path(folder, "kernels.so")))

@@ -15,7 +15,7 @@ import sysconfig
 from pathlib import Path
 from types import ModuleType
 
-ROOT = Path(__file__).parents[2]
+CSRC = Path(__file__).parents[2] / "csrc"  # of a checkout
 NAME = "_cuda_on_cpu"
 CHECKS = ("-fsanitize=alignment,shift", "-fno-sanitize-recover=all")  # always: a GPU refuses misaligned addresses
 # Without the checks that slow the compiler down and find nothing in kernels of raw pointers, as in setup.py.
@@ -25,8 +25,8 @@ SANITIZERS = (
 )  # fmt: skip
 
 
-def load(csrc: Path = ROOT / "csrc") -> ModuleType:
-    """Builds the module, once for each state of the sources, and imports it.
+def load(csrc: Path = CSRC) -> ModuleType:
+    """Builds the module beside the sources, once for each state of them, and imports it.
 
     Where AddressSanitizer's runtime is loaded already (``make sanitize``), it is built with the sanitizers.
 
@@ -55,7 +55,7 @@ def _build(csrc: Path, sanitize: bool) -> Path:
     digest = hashlib.sha256(repr((compiler, flags, sys.version)).encode())
     for path in sorted([*csrc.rglob("*.h"), *csrc.glob("*_cuda.*")]):
         digest.update(path.read_bytes())
-    folder = ROOT / "build" / "cuda_on_cpu" / digest.hexdigest()[:16]
+    folder = csrc.parent / "build" / "cuda_on_cpu" / digest.hexdigest()[:16]
     module = folder / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if module.exists():
         return module
