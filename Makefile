@@ -10,9 +10,10 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-NATIVE := setup.py $(wildcard csrc/*)
-CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h)
-OP_TESTS := $(wildcard $(patsubst fasticl/ops/%.py,tests/test_%.py,$(wildcard fasticl/ops/*.py)))
+NATIVE := setup.py $(wildcard csrc/*.*)
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*/*.h)
+OP_TESTS := $(wildcard $(patsubst fasticl/ops/%.py,tests/test_%.py,$(wildcard fasticl/ops/*.py)) tests/test_*_cuda.py) \
+	tests/test_cuda_on_cpu.py
 SANITIZE := build/sanitize
 
 .DEFAULT_GOAL := help

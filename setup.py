@@ -1,17 +1,28 @@
-"""Builds fasticl._C, the CPU kernels: pybind11 and OpenMP, without torch. Metadata is in pyproject.toml.
+"""Builds fasticl._C, the CPU kernels: pybind11 and OpenMP, without torch; and, where nvcc is, fasticl._C_cuda.
 
-Environment: FASTICL_SANITIZE=1 builds with the address and undefined-behaviour sanitizers, for the tests.
+Metadata is in pyproject.toml. Environment:
+    FASTICL_CUDA=auto      build the CUDA kernels if nvcc is found, and go on without them if it fails (the default);
+                           1: they must be built, 0: they are not. No GPU and no driver is needed to build them.
+    FASTICL_NVCC=PATH      which nvcc; else that of CUDA_HOME or CUDA_PATH, of PATH, or /usr/local/cuda/bin/nvcc
+    FASTICL_SANITIZE=1     build with the address and undefined-behaviour sanitizers, for the tests
 """
 
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
+import pybind11
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 SANITIZE = os.environ.get("FASTICL_SANITIZE") == "1"
+CUDA = os.environ.get("FASTICL_CUDA", "auto")
+# sm_80's code runs on all of 8.x, sm_90a's on Hopper alone; later GPUs compile the PTX when they first load it.
+CUDA_TARGETS = ("arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90a,code=sm_90a")
 
 # -Wno-maybe-uninitialized: the AVX-512 headers of GCC read undefined registers on purpose.
 compile_args = ["-O3", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
@@ -27,7 +38,7 @@ if SANITIZE:  # without the checks that slow the compiler down tenfold and find 
 
 cpu = Pybind11Extension(
     "fasticl._C",
-    sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.cpp")),
+    sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.cpp") if not p.stem.endswith("_cuda")),
     include_dirs=["csrc"],
     depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.h")),
     cxx_std=17,
@@ -35,12 +46,71 @@ cpu = Pybind11Extension(
     extra_link_args=link_args,
 )
 
+
+def find_nvcc() -> str | None:
+    """The path of nvcc, or None where there is none or it is not wanted."""
+    if CUDA not in ("auto", "0", "1"):
+        raise SystemExit(f"FASTICL_CUDA: expected auto, 0 or 1, got {CUDA!r}")
+    if CUDA == "0" or (SANITIZE and CUDA == "auto"):
+        return None
+    named = os.environ.get("FASTICL_NVCC")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    places = [named] if named else [*(f"{home}/bin/nvcc" for home in homes if home), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    found = next((path for place in places if (path := shutil.which(place))), None)
+    if found is None and CUDA == "1":
+        raise SystemExit(f"FASTICL_CUDA=1: expected nvcc at one of {', '.join(places)}, got none")
+    return found
+
+
+class BuildExtension(build_ext):
+    """Compiles an extension that has .cu files by nvcc, and links it to a CUDA runtime of its own."""
+
+    def build_extension(self, ext: Extension) -> None:
+        if not any(source.endswith(".cu") for source in ext.sources):
+            super().build_extension(ext)
+            return
+        output = Path(self.get_ext_fullpath(ext.name))
+        newest = max(Path(path).stat().st_mtime for path in [*ext.sources, *ext.depends])
+        if not self.force and output.exists() and output.stat().st_mtime > newest:
+            return
+        objects = [Path(self.build_temp) / f"{source}.o" for source in ext.sources]
+        host = [f"-I{folder}" for folder in [*ext.include_dirs, *self.include_dirs, *self.compiler.include_dirs]]
+        host += ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        targets = [f"-gencode={target}" for target in CUDA_TARGETS]
+        for source, made in zip(ext.sources, objects, strict=True):
+            made.parent.mkdir(parents=True, exist_ok=True)
+            self.nvcc(
+                *host, *(["--threads=2", *targets] if source.endswith(".cu") else ()), "-c", source, "-o", str(made)
+            )
+        output.parent.mkdir(parents=True, exist_ok=True)
+        self.nvcc("-shared", "-cudart=static", *targets, *map(str, objects), "-o", str(output))
+
+    def nvcc(self, *arguments: str) -> None:
+        print(NVCC, *arguments, flush=True)
+        try:
+            subprocess.run([NVCC, *arguments], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise CompileError(f"nvcc: {error}") from None
+
+
+NVCC = find_nvcc()
+extensions = [cpu]
+if NVCC is not None:
+    cuda = Extension(
+        "fasticl._C_cuda",
+        sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*_cuda.c*")),
+        include_dirs=["csrc", pybind11.get_include()],
+        depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.h")),
+        optional=CUDA == "auto",  # a failure is then a warning
+    )
+    extensions.append(cuda)
+
 if __name__ == "__main__":
     with ParallelCompile("FASTICL_BUILD_JOBS", default=2):
         setup(
             packages=[*find_packages(include=["fasticl", "fasticl.*"]), "fasticl.kernels"],
             package_dir={"fasticl.kernels": "kernels"},
             package_data={"fasticl": ["py.typed", "data/*.tsv"]},
-            ext_modules=[cpu],
-            cmdclass={"build_ext": build_ext},
+            ext_modules=extensions,
+            cmdclass={"build_ext": BuildExtension},
         )

@@ -1,5 +1,5 @@
-// What every CPU kernel shares and no instruction set changes: element types, the target in force, scratch
-// memory, threads. Includes all standard headers that kernels may use (see foreach_target.h for the reason).
+// What every CPU kernel shares and no instruction set changes: the target in force, scratch memory, threads. Includes
+// all standard headers that kernels may use (see foreach_target.h for the reason).
 #pragma once
 
 #include <algorithm>
@@ -19,21 +19,12 @@
 #include <immintrin.h>
 #endif
 
+#include "types.h"
+
 #define FASTICL_INLINE inline __attribute__((always_inline))
 
 namespace fasticl {
 
-// Storage types; arithmetic is float32.
-struct bf16 {
-  uint16_t bits;
-};
-struct f16 {
-  uint16_t bits;
-};
-static_assert(sizeof(bf16) == 2 && sizeof(f16) == 2, "element types must have their storage size");
-
-enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
-enum class Activation : int { none = 0, relu = 1, gelu = 2, gelu_tanh = 3, silu = 4 };
 enum class Target : int { scalar = 0, avx2 = 1, avx512 = 2 };
 
 // The best target of this machine, unless a test has forced another one. Defined in bindings.cpp.

@@ -7,7 +7,8 @@ The *portable* form is a bitmask and the stored values by rows, the tensors of c
     row_offsets  int64 [N + 1]; row n is values[row_offsets[n] : row_offsets[n + 1]]
 
 On the CPU the row kernels run on this form as it is: it streams a row's values once and needs a bit per position,
-``4 d + 1/8`` bytes for float32 at density ``d``, and one copy serves one token and a thousand. Formats:
+``4 d + 1/8`` bytes for float32 at density ``d``, and one copy serves one token and a thousand. On a GPU a bitmap weight
+is held in the order of its kernel too, ``PackedWeight.lanes`` (fasticl/lane_stream.py). Formats:
 
     bitmap   any zeros
     nm       exactly n values in every m consecutive columns; zeros are stored where a group has fewer
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fasticl import _C
+from fasticl.lane_stream import LaneStream, derive_lanes, to_lanes
 
 FORMATS = ("auto", "bitmap", "sliced", "nm", "compact")
 PATTERNS = ("2:4", "4:8", "8:16")
@@ -72,6 +74,7 @@ class PackedWeight:
     rows: Tensor | None = None
     columns: Tensor | None = None
     sliced: SlicedLayout | None = None
+    lanes: LaneStream | None = None  # the CUDA kernel's layout: fasticl/lane_stream.py
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,6 +97,8 @@ class PackedWeight:
     @property
     def bytes_read(self) -> int:
         """What one product with one token reads of the weight, in bytes: the numerator of the roofline."""
+        if self.lanes is not None:
+            return sum(t.numel() * t.element_size() for t in self.lanes.tensors)
         if self.sliced is not None:
             return sum(t.numel() * t.element_size() for t in vars(self.sliced).values())
         if self.format == "nm":  # rows are equally long
@@ -108,6 +113,7 @@ class PackedWeight:
     def _tensors(self) -> list[Tensor]:
         own = [self.values, self.bitmask, self.row_offsets, self.rows, self.columns]
         derived = list(vars(self.sliced).values()) if self.sliced is not None else []
+        derived += self.lanes.tensors if self.lanes is not None else []
         return [t for t in own + derived if t is not None]
 
     def __repr__(self) -> str:
@@ -117,6 +123,11 @@ class PackedWeight:
             f"density={self.density:.3f}, bytes={self.bytes}{pattern})"
         )
 
+    @property
+    def keep(self) -> Tensor:
+        """Where a value is stored: bool ``[N, K]``; not of a compact weight."""
+        return expand_bits(self.bitmask, self.shape[1])
+
     def unpack(self) -> Tensor:
         """The dense ``[N, K]`` weight, bit for bit what was packed."""
         if self.format == "compact":
@@ -125,9 +136,8 @@ class PackedWeight:
             dense = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
             dense[self.rows[:, None], self.columns] = self.values
             return dense
-        keep = expand_bits(self.bitmask, self.shape[1])
         dense = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        dense.view(_INTEGERS[self.dtype])[keep] = self.values.view(_INTEGERS[self.dtype])
+        dense.view(_INTEGERS[self.dtype])[self.keep] = self.values.view(_INTEGERS[self.dtype])
         return dense
 
     def to(self, device: torch.device | str) -> PackedWeight:
@@ -137,7 +147,7 @@ class PackedWeight:
             return {name: t.to(device) if isinstance(t, Tensor) else t for name, t in fields.items()}
 
         sliced = None if self.sliced is None else SlicedLayout(**moved(vars(self.sliced)))
-        return PackedWeight(**moved({**vars(self), "sliced": sliced}))
+        return _with_lanes(PackedWeight(**moved({**vars(self), "sliced": sliced, "lanes": None})))
 
     def validate(self) -> PackedWeight:
         """Checks everything that a kernel relies on; returns self.
@@ -160,6 +170,8 @@ class PackedWeight:
             self._validate_groups()
         if self.format == "sliced":
             self._validate_sliced()
+        if self.lanes is not None:
+            self._validate_derived("lanes", self.lanes, to_lanes(self, self.lanes.splits))
         return self
 
     def _validate_compact(self) -> None:
@@ -208,12 +220,19 @@ class PackedWeight:
         if self.sliced is None:
             _fail("sliced", "the derived layout", None)
         rebuilt = _slice(self.values, self.bitmask, self.row_offsets, self.shape[1])
+        self._validate_derived("sliced", self.sliced, rebuilt)
+
+    @staticmethod
+    def _validate_derived(layout: str, held: SlicedLayout | LaneStream, rebuilt: SlicedLayout | LaneStream) -> None:
         for name, expected in vars(rebuilt).items():
-            found = getattr(self.sliced, name)
-            _expect_tensor(f"sliced.{name}", found, expected.dtype, list(expected.shape))
+            what, found = f"{layout}.{name}", getattr(held, name)
+            if not isinstance(expected, Tensor):
+                _expect(found == expected, what, expected, found)
+                continue
+            _expect_tensor(what, found, expected.dtype, list(expected.shape))
             wrong = (_as_integers(found) != _as_integers(expected)).flatten().nonzero()
             if wrong.numel():
-                _fail(f"sliced.{name}", "what the portable form gives", f"another value at flat index {int(wrong[0])}")
+                _fail(what, "what the portable form gives", f"another value at flat index {int(wrong[0])}")
 
 
 def pack(weight: Tensor, format: str = "auto", *, pattern: str | None = None) -> PackedWeight:
@@ -263,7 +282,7 @@ def pack(weight: Tensor, format: str = "auto", *, pattern: str | None = None) ->
     row_offsets = torch.zeros(N + 1, dtype=torch.int64, device=weight.device)
     torch.cumsum(count_bits(bitmask), 0, out=row_offsets[1:])
     sliced = _slice(values, bitmask, row_offsets, K) if format == "sliced" else None
-    return PackedWeight(format, (N, K), values, bitmask, row_offsets, pattern=pattern, sliced=sliced)
+    return _with_lanes(PackedWeight(format, (N, K), values, bitmask, row_offsets, pattern=pattern, sliced=sliced))
 
 
 def from_portable(
@@ -290,7 +309,7 @@ def from_portable(
         return dataclasses.replace(packed, format=format, pattern=pattern).validate()
     if format == "sliced":
         return dataclasses.replace(packed, format=format, sliced=_slice(values, bitmask, row_offsets, K))
-    return packed
+    return _with_lanes(packed)
 
 
 def expand_bits(bitmask: Tensor, K: int) -> Tensor:
@@ -392,6 +411,11 @@ def _slice(values: Tensor, bitmask: Tensor, row_offsets: Tensor, K: int) -> Slic
     sliced_values = torch.empty_like(values)
     _C.fill_slices(*sources, values.data_ptr(), values.element_size(), steps.data_ptr(), sliced_values.data_ptr())
     return SlicedLayout(*(t.to(device) for t in (sliced_values, steps, offsets, order)))
+
+
+def _with_lanes(packed: PackedWeight) -> PackedWeight:
+    """The weight with the layout that its device's kernel takes, if there is one."""
+    return dataclasses.replace(packed, lanes=derive_lanes(packed))
 
 
 def _as_integers(t: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch.nn.utils import prune
 from fasticl import formats, ops
 from fasticl.formats import PackedWeight, SlicedLayout
 from fasticl.icl.model import FusedICLTransformer, ICLTransformer
+from fasticl.lane_stream import LaneStream, derive_lanes
 from fasticl.layers import is_linear
 from fasticl.ops._registry import check_activation, needs_grad
 
@@ -89,6 +90,7 @@ class SparseLinear(nn.Module):
     rows: Tensor | None
     columns: Tensor | None
     bias: nn.Parameter | None
+    _lanes: LaneStream | None
 
     def __init__(self, packed: PackedWeight, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -129,6 +131,7 @@ class SparseLinear(nn.Module):
         layout = (None,) * len(_DERIVED) if packed.sliced is None else tuple(vars(packed.sliced).values())
         for name, tensor in zip(_DERIVED, layout, strict=True):
             self.register_buffer(name, tensor, persistent=False)
+        self._lanes = packed.lanes
 
     @property
     def packed(self) -> PackedWeight:
@@ -138,8 +141,15 @@ class SparseLinear(nn.Module):
             sliced = SlicedLayout(*(getattr(self, name) for name in _DERIVED))
         return PackedWeight(
             self.format, (self.out_features, self.in_features), self.values, self.bitmask, self.row_offsets,
-            self.pattern, self.rows, self.columns, sliced,
+            self.pattern, self.rows, self.columns, sliced, self._lanes,
         )  # fmt: skip
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
+        """Moves or casts the tensors, and derives the CUDA kernel's layout from them anew where they then are."""
+        self._lanes = None
+        super()._apply(fn, recurse)
+        self._lanes = derive_lanes(self.packed)
+        return self
 
     def to_dense(self) -> nn.Linear:
         """An ``nn.Linear`` with the same weight, zeros included, and bias."""
@@ -154,6 +164,8 @@ class SparseLinear(nn.Module):
         if self.format == "compact":
             return self._compact_linear(x)
         if _fits(x, self.in_features, operands[0], bias) and not needs_grad(x, bias):
+            if self._lanes is not None:
+                return _OPS[self.format](x, *operands, bias, None, self._lanes.tensors, self._lanes.plan)
             return _OPS[self.format](x, *operands, bias, None)
         return _CHECKED[self.format](x, self.packed, bias)
 

@@ -30,6 +30,7 @@ def define(
     cpu: Callable[..., Tensor] | None = None,
     cpu_name: str = "C++",
     cuda: Callable[..., Tensor] | None = None,
+    cuda_name: str = "Triton",
 ) -> None:
     """Defines ``fasticl::<schema>`` with its implementations; all take the arguments of the schema, in its order."""
     name = schema.split("(", 1)[0]
@@ -42,14 +43,16 @@ def define(
         LIBRARY.impl(name, cuda, "CUDA")
     _implementations[name] = {
         "cpu": cpu_name if cpu is not None else "reference (PyTorch)",
-        "cuda": "Triton" if cuda is not None else "reference (PyTorch)",
+        "cuda": cuda_name if cuda is not None else "reference (PyTorch)",
     }
 
 
 def implementations() -> dict[str, dict[str, str]]:
     """Which implementation each op runs, by device: ``{"bitmap_linear": {"cpu": "C++ (avx512)", "cuda": ...}}``."""
     return {
-        op: {device: f"{text} ({_C.target()})" if "C++" in text else text for device, text in by_device.items()}
+        op: {
+            device: f"{text} ({_C.target()})" if text.startswith("C++") else text for device, text in by_device.items()
+        }
         for op, by_device in _implementations.items()
     }
 
@@ -108,6 +111,11 @@ def address(x: Tensor | None) -> int:
 def contiguous(x: Tensor | None) -> Tensor | None:
     """Hold the result for as long as a kernel uses its address: it may be a copy."""
     return None if x is None else x.contiguous()
+
+
+def cuda_stream(x: Tensor) -> tuple[int, int]:
+    """The device of a CUDA tensor and the stream that torch launches on there."""
+    return x.get_device(), torch.cuda.current_stream(x.device).cuda_stream
 
 
 def rows(x: Tensor) -> tuple[Tensor, int, int]:

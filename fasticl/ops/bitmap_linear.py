@@ -5,17 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fasticl import _C
+from fasticl import _C, lane_stream
 from fasticl.formats import PackedWeight
 from fasticl.ops import _linear
 from fasticl.ops import _registry as registry
+
+try:
+    from fasticl import _C_cuda
+except ImportError:  # not built: CUDA tensors run the reference
+    _C_cuda = None  # type: ignore[assignment]
+
+CUDA_TOKENS = 256  # beyond, the weight is decoded so often that unpacking it once for torch's matmul is taken instead
 
 
 def bitmap_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
     """``y = act(x @ dense(weight).T + bias)``, reading only a bit per position and the stored values.
 
     Args:
-        x: ``[..., K]``, float32, bfloat16 or float16, any strides; float64 runs the reference.
+        x: ``[..., K]``, float32, bfloat16 or float16, any strides; float64 runs the reference, and on CUDA so
+            do float32 and more than 256 tokens.
         weight: ``[N, K]`` from :func:`fasticl.pack` in format ``"bitmap"`` (or ``"sliced"`` or ``"nm"``, whose portable
             form is the same), of ``x``'s dtype.
         bias: ``[N]`` of ``x``'s dtype, or None.
@@ -25,7 +33,8 @@ def bitmap_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, a
         ``[..., N]`` in ``x.dtype``; products accumulate in float32, the result is rounded once.
 
     Where a weight is not stored, a few tokens (at most 8, 4 without AVX-512, and fewer the sparser the weight) are
-    multiplied by zero, more are not: an infinite or NaN x there gives NaN, as in the dense product, or nothing.
+    multiplied by zero, more are not: an infinite or NaN x there gives NaN, as in the dense product, or nothing. On CUDA
+    all are multiplied by zero.
 
     Raises:
         TypeError: ``x`` or ``bias`` is not of the weight's dtype, or ``weight`` is no PackedWeight.
@@ -35,25 +44,30 @@ def bitmap_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, a
     arguments = (x, weight.values, weight.bitmask, weight.row_offsets, bias, activation)
     if registry.needs_grad(x, weight.values, bias):
         return reference(*arguments)
+    if weight.lanes is not None:
+        return torch.ops.fasticl.bitmap_linear(*arguments, weight.lanes.tensors, weight.lanes.plan)
     return torch.ops.fasticl.bitmap_linear(*arguments)
 
 
 def reference(
-    x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, bias: Tensor | None, activation: str | None
-) -> Tensor:
+    x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, bias: Tensor | None, activation: str | None,
+    lanes: list[Tensor] | None = None, plan: list[int] | None = None,
+) -> Tensor:  # fmt: skip
     dense = _linear.dense_from_bitmap(values, bitmask, x.shape[-1])
     return _linear.reference_linear(x, dense, bias, activation)
 
 
 def _fake(
-    x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, bias: Tensor | None, activation: str | None
-) -> Tensor:
+    x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, bias: Tensor | None, activation: str | None,
+    lanes: list[Tensor] | None = None, plan: list[int] | None = None,
+) -> Tensor:  # fmt: skip
     return _linear.fake_linear(x, bitmask.shape[0])
 
 
 def cpu(
-    x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, bias: Tensor | None, activation: str | None
-) -> Tensor:
+    x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, bias: Tensor | None, activation: str | None,
+    lanes: list[Tensor] | None = None, plan: list[int] | None = None,
+) -> Tensor:  # fmt: skip
     if not _linear.kernel_takes(x):
         return reference(x, values, bitmask, row_offsets, bias, activation)
     N, K = bitmask.shape[0], x.shape[-1]
@@ -68,10 +82,39 @@ def cpu(
     return y
 
 
+def cuda(
+    x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, bias: Tensor | None, activation: str | None,
+    lanes: list[Tensor] | None = None, plan: list[int] | None = None,
+) -> Tensor:  # fmt: skip
+    """``lanes`` and ``plan`` are those of :class:`fasticl.lane_stream.LaneStream`; without them the reference runs."""
+    x2, M, stride = registry.rows(x)
+    if lanes is None or plan is None or M > CUDA_TOKENS:
+        return reference(x, values, bitmask, row_offsets, bias, activation)
+    if x.dtype not in lane_stream.DTYPES:
+        raise TypeError(f"bitmap_linear: x: expected dtype bfloat16 or float16 with lane streams, got {x.dtype}")
+    N, K = bitmask.shape[0], x.shape[-1]
+    lane_values, masks, starts, row_order = lanes
+    splits, depth = plan
+    strips = -(-N // lane_stream.STRIP)
+    registry.check_shape("bitmap_linear: masks", masks, (strips, -(-K // lane_stream.CHUNK), lane_stream.LANES))
+    registry.check_shape("bitmap_linear: row_order", row_order, (strips * lane_stream.STRIP,))
+    bias = registry.contiguous(bias)
+    y = x.new_empty((*x.shape[:-1], N))
+    device, current_stream = registry.cuda_stream(x)
+    _C_cuda.bitmap_linear(
+        x2.data_ptr(), M, stride, lane_values.data_ptr(), masks.data_ptr(), starts.data_ptr(), row_order.data_ptr(),
+        strips, K, splits, depth, registry.address(bias), registry.ACTIVATIONS[activation], y.data_ptr(), N,
+        registry.DTYPES[x.dtype], device, current_stream,
+    )  # fmt: skip
+    return y
+
+
 registry.define(
-    "bitmap_linear(Tensor x, Tensor values, Tensor bitmask, Tensor row_offsets, Tensor? bias, str? activation) "
-    "-> Tensor",
+    "bitmap_linear(Tensor x, Tensor values, Tensor bitmask, Tensor row_offsets, Tensor? bias, str? activation, "
+    "Tensor[]? lanes=None, int[]? plan=None) -> Tensor",
     reference=reference,
     fake=_fake,
     cpu=cpu,
+    cuda=cuda if _C_cuda is not None else None,
+    cuda_name="CUDA C++",
 )

@@ -1,0 +1,57 @@
+// fasticl._C_cuda: the CUDA kernels as a Python module. Importing it needs no GPU and no driver.
+#include <pybind11/pybind11.h>
+
+#include "bitmap_linear_cuda.h"
+
+#ifdef FASTICL_CUDA_ON_CPU
+#include "testing/cuda_on_cpu.h"
+#define FASTICL_MODULE _cuda_on_cpu
+#else
+#define FASTICL_MODULE _C_cuda
+#endif
+
+namespace py = pybind11;
+using namespace pybind11::literals;
+
+namespace {
+
+using Address = uintptr_t;  // Tensor.data_ptr(); 0 is "none"
+
+template <class T>
+T* pointer(Address a) {
+  return reinterpret_cast<T*>(a);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(FASTICL_MODULE, m) {
+  using namespace fasticl;
+  m.doc() = "CUDA kernels of FastICL. Takes addresses; fasticl.ops checks what is passed here.";
+#ifdef FASTICL_CUDA_ON_CPU
+  m.def("set_seed", [](unsigned seed) { cuda_on_cpu::seed = seed; }, "seed"_a, "Orders of threads and of copies.");
+#endif
+  m.attr("lane_stream") =
+      py::dict("LAG"_a = lane_stream::kLag, "RING"_a = lane_stream::kRing, "QUAD"_a = lane_stream::kQuad,
+               "DEPTHS"_a = py::make_tuple(lane_stream::kMaxDepth, lane_stream::kMinDepth),
+               "WARP_BYTES"_a = lane_stream::kWarpBytes, "TABLE_BYTES"_a = lane_stream::kTableBytes,
+               "MAX_SPLITS"_a = lane_stream::kMaxWarps);
+  m.def(
+      "bitmap_linear",
+      [](Address x, int64_t M, int64_t x_stride, Address values, Address masks, Address starts, Address row_order,
+         int64_t strips, int K, int splits, int depth, Address bias, int activation, Address y, int64_t y_stride,
+         int dtype, int device, Address stream) {
+        py::gil_scoped_release release;
+        BitmapLinearCuda p{};
+        p.x = pointer<const void>(x), p.M = M, p.x_stride = x_stride;
+        p.values = pointer<const uint32_t>(values), p.masks = pointer<const uint32_t>(masks);
+        p.starts = pointer<const int32_t>(starts), p.row_order = pointer<const int32_t>(row_order);
+        p.strips = strips, p.chunks = (K + 63) / 64, p.K = K, p.depth = depth;
+        p.bias = pointer<const void>(bias), p.activation = static_cast<Activation>(activation);
+        p.y = pointer<void>(y), p.y_stride = y_stride;
+        bitmap_linear_cuda(p, splits, static_cast<DType>(dtype), device, stream);
+      },
+      "x"_a, "M"_a, "x_stride"_a, "values"_a, "masks"_a, "starts"_a, "row_order"_a, "strips"_a, "K"_a, "splits"_a,
+      "depth"_a, "bias"_a, "activation"_a, "y"_a, "y_stride"_a, "dtype"_a, "device"_a, "stream"_a,
+      "y = act(x W^T + b), W in the lane-stream layout, bfloat16 or float16. Addresses and strides (elements); nothing "
+      "is checked here. Raises RuntimeError where CUDA refuses.");
+}

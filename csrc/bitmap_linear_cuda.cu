@@ -1,0 +1,230 @@
+// bitmap_linear on CUDA, sm_80 and newer: the weight is decoded from its lane streams (fasticl/lane_stream.py) straight
+// into the registers of operand A of mma.m16n8k16, the tokens are operand B.
+//
+// A block computes a strip of 16 outputs for up to 64 tokens. Each of its warps takes a share of K, runs on its own
+// through a ring in shared memory, and meets the others only at the end, where their sums are added in a fixed order:
+// split-K without a second kernel, without memory besides y, and with the same result every time.
+//
+// Budget. A warp's shared memory is kWarpBytes = 18 KiB: three blocks of four warps fill an sm_90 multiprocessor
+// (227 KiB), two fill one of sm_80 (163 KiB). At density d a warp has `depth` chunks of about 2048 d + 128 bytes under
+// way: with depth 4, d = 1/2 and 12 warps, 54 KiB a multiprocessor.
+#include "bitmap_linear_cuda.h"
+#include "device.h"
+
+namespace fasticl {
+namespace {
+
+using namespace lane_stream;
+
+constexpr int kChunkRows = kChunk * kStrip / 32 / 2;  // the most rows that a chunk adds
+
+// Rows of the ring in use while chunk c is decoded and chunk c + depth arrives: the lag, what depth + 1 chunks add, and
+// the rest of a last quad. Greater depths are for weights whose chunks add less; fasticl/lane_stream.py sees to it.
+static_assert(kLag + (kMinDepth + 1) * kChunkRows + kQuad - 1 <= kRing, "the ring must hold the densest weight");
+static_assert(kTail >= kChunkRows && kRing % kQuad == 0 && kTail % kQuad == 0, "what a chunk takes from past the ring");
+static_assert(kMasks > kMaxDepth && (kMasks & (kMasks - 1)) == 0, "slots of masks");
+
+// The 16 columns of x that a lane multiplies in a chunk.
+struct Fragment {
+  uint32_t words[8];
+};
+
+template <class T>
+FASTICL_DEVICE Fragment load_aligned(const T* x) {
+  const uint4 low = reinterpret_cast<const uint4*>(x)[0], high = reinterpret_cast<const uint4*>(x)[1];
+  return {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
+}
+
+// Of any alignment; zeros from the column `count` on.
+template <class T>
+FASTICL_DEVICE Fragment load_ragged(const T* x, int count) {
+  Fragment f;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const uint32_t even = 2 * i < count ? x[2 * i].bits : 0, odd = 2 * i + 1 < count ? x[2 * i + 1].bits : 0;
+    f.words[i] = even | odd << 16;
+  }
+  return f;
+}
+
+// How four positions with the bits of a nibble take their values from a stream. Words .x of two positions, .y of the
+// next two: in the lower half the selector that permutes the next two values, or zeros, into them; in the upper half of
+// .x the bytes by which the stream advances, 64 a value (two lie side by side in a row of 128), of .y the bits by which
+// the first two positions shift it.
+FASTICL_DEVICE uint2 nibble_entry(uint32_t nibble) {
+  const uint64_t selectors = 0x3210'1044'4410'4444;  // none, the first, the second, both; bytes 4 to 7 are zero
+  const uint32_t first = nibble & 3, second = nibble >> 2;
+  const uint32_t before = (first & 1) + (first >> 1), count = before + (second & 1) + (second >> 1);
+  return {static_cast<uint32_t>(selectors >> 16 * first & 0xffff) | count * 64 << 16,
+          static_cast<uint32_t>(selectors >> 16 * second & 0xffff) | before * 16 << 16};
+}
+
+// What a warp has under way: rows of values to its ring and mask words beside them, one group of copies for a chunk.
+class Stream {
+ public:
+  FASTICL_DEVICE Stream(const BitmapLinearCuda& p, unsigned char* memory, int64_t strip, int first, int last)
+      : ring_(memory), next_(first), last_(last) {
+    const int lane = threadIdx.x % 32;
+    const int64_t chunk = strip * p.chunks + first;
+    masks_ = memory + (kRing + kTail) * kRow + lane * 4;
+    mask_ = p.masks + chunk * 32 + lane;
+    starts_ = p.starts + chunk;
+    row_ = *starts_;
+    end_ = first < last ? *++starts_ : row_;
+    lane_bytes_ = lane * 16;  // of a quad
+    value_ = reinterpret_cast<const unsigned char*>(p.values) + static_cast<int64_t>(row_) * kRow + lane_bytes_;
+  }
+
+  // Starts the copies of the next chunk; past the last one the group is empty.
+  FASTICL_DEVICE void fetch() {
+    if (next_ < last_) {
+      copy_async_4(masks_ + next_ % kMasks * kRow, mask_);
+      mask_ += 32;
+#pragma unroll 1
+      for (; row_ < end_; row_ += kQuad) {
+        copy_async_16(ring_ + slot_ * kRow + lane_bytes_, value_);
+        if (slot_ < kTail) copy_async_16(ring_ + (slot_ + kRing) * kRow + lane_bytes_, value_);
+        value_ += kQuad * kRow;
+        slot_ += kQuad;
+        if (slot_ == kRing) slot_ = 0;
+      }
+      if (++next_ < last_) end_ = *++starts_;  // needed at the next call: its latency is hidden
+    }
+    copy_async_commit();
+  }
+
+  FASTICL_DEVICE uint32_t mask(unsigned chunk) const {
+    return *reinterpret_cast<const uint32_t*>(masks_ + chunk % kMasks * kRow);
+  }
+
+ private:
+  unsigned char *ring_, *masks_;
+  const unsigned char* value_;
+  const uint32_t* mask_;
+  const int32_t* starts_;
+  unsigned next_, last_;  // chunks
+  int row_, end_, slot_ = 0, lane_bytes_;
+};
+
+template <class T, int kTiles>
+__global__ void __launch_bounds__(kMaxWarps * 32) bitmap_linear_kernel(const BitmapLinearCuda p) {
+  FASTICL_SHARED(shared);  // the table of nibbles, then kWarpBytes a warp
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, splits = blockDim.x / 32;
+  const int g = lane / 4, t = lane % 4;
+  const int64_t strip = blockIdx.x / p.token_tiles;
+  const int64_t token0 = static_cast<int64_t>(blockIdx.x % p.token_tiles) * kTiles * 8;
+  if (threadIdx.x < 16) reinterpret_cast<uint2*>(shared)[threadIdx.x] = nibble_entry(threadIdx.x);
+  __syncthreads();
+
+  const int first = p.chunks * warp / splits, last = p.chunks * (warp + 1) / splits;
+  unsigned char* const memory = shared + kTableBytes + warp * kWarpBytes;
+  Stream stream(p, memory, strip, first, last);
+  for (int i = 0; i < p.depth; ++i) stream.fetch();
+
+  // The lane's columns of the next chunk, by tile of 8 tokens; of a token past the last one, that one's: no sum is
+  // kept.
+  const T* x_rows[kTiles];
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+    const int64_t token = token0 + tile * 8 + g;
+    x_rows[tile] = static_cast<const T*>(p.x) + (token < p.M ? token : p.M - 1) * p.x_stride + first * kChunk + t * 16;
+  }
+
+  float sums[kTiles][4] = {};
+  const int32_t* starts = p.starts + strip * p.chunks + first;
+  const int first_row = *starts;
+  int ahead = 0;  // rows from the first one to the one that no lane has reached
+  const uint32_t ring = kTableBytes + warp * kWarpBytes;
+  uint32_t position = 0;  // of the lane in its stream, in values since the first chunk
+#pragma unroll 1
+  for (int chunk = first; chunk < last; ++chunk) {
+    const int left = p.K - chunk * kChunk;  // columns
+    const bool aligned = p.x_vectors && left >= kChunk;
+    const auto load = [&](int tile) {
+      const T* const x = x_rows[tile];
+      x_rows[tile] += kChunk;
+      return aligned ? load_aligned(x) : load_ragged(x, left - t * 16);
+    };
+    Fragment tokens = load(0);  // arrives while the weight is decoded
+    const int next_ahead = *++starts - first_row;
+    if (p.depth == kMaxDepth) {
+      copy_async_wait<kMaxDepth - 1>();
+    } else {
+      copy_async_wait<kMinDepth - 1>();
+    }
+    __syncwarp();  // every lane's copies have arrived, and the last chunk's rows have been read
+    stream.fetch();
+    const uint32_t mask = stream.mask(chunk);
+    if (ahead > kLag && position < 2u * (ahead - kLag)) position = 2u * (ahead - kLag);
+    ahead = next_ahead;
+    uint32_t at = ring + position / 2 % kRing * kRow + position % 2 * (kRow / 2);
+    position += __popc(mask);
+    uint32_t a[4][4];
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {  // outputs g and g + 8, four columns each
+        const uint32_t nibble = mask >> (8 * step + 4 * half) & 15;
+        const uint2 entry = reinterpret_cast<const uint2*>(shared)[nibble];
+        const uint32_t* const words = reinterpret_cast<const uint32_t*>(shared + ((at & ~127u) | 4u * lane));
+        const uint32_t w0 = words[0], w1 = words[32], w2 = words[64];  // of rows not yet there, nothing is taken
+        const uint32_t shift = at >> 2;  // 16 for the second value of a word; rows are multiples of 32
+        const uint32_t v0 = shift_right_wrap(w0, w1, shift), v1 = shift_right_wrap(w1, w2, shift);
+        a[step][half] = permute(v0, 0, entry.x);
+        a[step][half + 2] = permute(shift_right_clamp(v0, v1, entry.y >> 16), 0, entry.y);
+        at += entry.x >> 16;
+      }
+    }
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const Fragment now = tokens;
+      if (tile + 1 < kTiles) tokens = load(tile + 1);
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        mma(sums[tile], a[step], now.words[2 * step], now.words[2 * step + 1], T{});
+      }
+    }
+  }
+
+#pragma unroll  // into the ring: all copies have landed there, and no other lane reads this one's words
+  for (int i = 0; i < kTiles * 4; ++i) reinterpret_cast<float*>(memory)[i * 32 + lane] = sums[i / 4][i % 4];
+  __syncthreads();
+  for (int i = threadIdx.x; i < kTiles * 8 * kStrip; i += blockDim.x) {
+    const int output = i % kStrip, column = i / kStrip;
+    const int64_t token = token0 + column, n = p.row_order[strip * kStrip + output];
+    if (token >= p.M || n < 0) continue;
+    const int held = (column / 8 * 4 + output / 8 * 2 + column % 2) * 32 + output % 8 * 4 + column % 8 / 2;
+    float sum = 0.0f;
+    for (int w = 0; w < splits; ++w) {
+      sum += reinterpret_cast<const float*>(shared + kTableBytes + w * kWarpBytes)[held];
+    }
+    if (p.bias) sum += to_float(static_cast<const T*>(p.bias)[n]);
+    from_float(activate(p.activation, sum), static_cast<T*>(p.y)[token * p.y_stride + n]);
+  }
+}
+
+template <class T, int kTiles>
+void run(BitmapLinearCuda p, int splits, int device, uintptr_t stream) {
+  p.token_tiles = static_cast<int>((p.M + kTiles * 8 - 1) / (kTiles * 8));
+  p.x_vectors = reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && (p.M == 1 || p.x_stride % 8 == 0);
+  launch("bitmap_linear", bitmap_linear_kernel<T, kTiles>, p.strips * p.token_tiles, splits * 32,
+         kTableBytes + splits * kWarpBytes, device, stream, p);
+}
+
+template <class T>
+void run(const BitmapLinearCuda& p, int splits, int device, uintptr_t stream) {
+  if (p.M <= 8) return run<T, 1>(p, splits, device, stream);
+  if (p.M <= 16) return run<T, 2>(p, splits, device, stream);
+  if (p.M <= 32) return run<T, 4>(p, splits, device, stream);
+  run<T, 8>(p, splits, device, stream);
+}
+
+}  // namespace
+
+void bitmap_linear_cuda(BitmapLinearCuda p, int splits, DType dtype, int device, uintptr_t stream) {
+  if (p.M == 0 || p.strips == 0) return;
+  if (dtype == DType::bf16) return run<bf16>(p, splits, device, stream);
+  run<f16>(p, splits, device, stream);
+}
+
+}  // namespace fasticl

@@ -1,0 +1,162 @@
+// What CUDA kernels are written in: PTX instructions that C++ has no name for, conversions, activations, launching.
+// Compiled by nvcc, or, with the twins in testing/cuda_on_cpu.h, by a C++ compiler for tests without a GPU.
+#pragma once
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "types.h"
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#else
+#include "testing/cuda_on_cpu.h"
+#endif
+
+namespace fasticl {
+
+#ifdef __CUDACC__
+
+#define FASTICL_DEVICE __device__ __forceinline__
+
+// `name` is the block's dynamic shared memory; more than 48 KiB is asked for by launch().
+#define FASTICL_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+
+// ---- bits ---------------------------------------------------------------------------------------------------
+
+// Byte i of the result is byte (selector >> 4i) & 7 of {b, a}; the selector's upper half is ignored.
+FASTICL_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(selector));
+  return result;
+}
+
+// The low word of {high, low} >> shift % 32.
+FASTICL_DEVICE uint32_t shift_right_wrap(uint32_t low, uint32_t high, uint32_t shift) {
+  return __funnelshift_r(low, high, shift);
+}
+
+// The low word of {high, low} >> min(shift, 32).
+FASTICL_DEVICE uint32_t shift_right_clamp(uint32_t low, uint32_t high, uint32_t shift) {
+  return __funnelshift_rc(low, high, shift);
+}
+
+// ---- copies from global to shared memory that pass by the registers -----------------------------------------
+
+// Each is complete for the thread that issued it once it has waited; for the other threads after a barrier as well.
+FASTICL_DEVICE void copy_async_4(void* shared, const void* global) {
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(global) : "memory");
+}
+
+FASTICL_DEVICE void copy_async_16(void* shared, const void* global) {  // addresses aligned to 16 bytes
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+}
+
+FASTICL_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most kPending of this thread's latest groups are still under way.
+template <int kPending>
+FASTICL_DEVICE void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// ---- tensor cores -------------------------------------------------------------------------------------------
+
+// d += A B, A [16, 16] by rows, B [16, 8] by columns, d [16, 8] in float32. Lane l = 4g + t holds
+//   a[0] A[g, 2t..], a[1] A[g+8, 2t..], a[2] A[g, 2t+8..], a[3] A[g+8, 2t+8..]   two neighbours in k, the lower first
+//   b0 B[2t.., g], b1 B[2t+8.., g]
+//   d[0] (g, 2t), d[1] (g, 2t+1), d[2] (g+8, 2t), d[3] (g+8, 2t+1)
+FASTICL_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bf16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+FASTICL_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, f16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// ---- conversions --------------------------------------------------------------------------------------------
+
+FASTICL_DEVICE float to_float(bf16 v) { return __uint_as_float(static_cast<uint32_t>(v.bits) << 16); }
+
+FASTICL_DEVICE float to_float(f16 v) {
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(v.bits));
+  return result;
+}
+
+FASTICL_DEVICE void from_float(float v, bf16& result) {  // to nearest, ties to even
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(v));
+}
+
+FASTICL_DEVICE void from_float(float v, f16& result) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(v)); }
+
+// ---- launching ----------------------------------------------------------------------------------------------
+
+inline void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  (void)cudaGetLastError();  // an error that is not sticky is this call's alone
+  std::string message = std::string(what) + ": " + cudaGetErrorString(error);
+  if (error == cudaErrorInsufficientDriver || error == cudaErrorNoDevice) {
+    message += "; it needs an NVIDIA GPU and a driver for CUDA " + std::to_string(CUDART_VERSION / 1000) + "." +
+               std::to_string(CUDART_VERSION % 1000 / 10) + " or newer";
+  }
+  throw std::runtime_error(message);
+}
+
+// Makes a device current while it lives. This library has a CUDA runtime of its own, whose choice may not be torch's.
+class DeviceGuard {
+ public:
+  DeviceGuard(int device, const char* what) {
+    check(cudaGetDevice(&before_), what);
+    if (device == before_) before_ = -1;
+    if (before_ >= 0) check(cudaSetDevice(device), what);
+  }
+  ~DeviceGuard() {
+    if (before_ >= 0) (void)cudaSetDevice(before_);
+  }
+
+ private:
+  int before_;
+};
+
+// kernel<<<blocks, threads, shared_bytes, stream>>>(arguments...) on `device`. Allocates nothing and waits for
+// nothing, so that a CUDA graph can capture it.
+template <class... Parameters, class... Arguments>
+void launch(const char* what, void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes, int device,
+            uintptr_t stream, const Arguments&... arguments) {
+  const DeviceGuard guard(device, what);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), what);
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, reinterpret_cast<cudaStream_t>(stream)>>>(
+      arguments...);
+  check(cudaGetLastError(), what);
+}
+
+#endif
+
+// ---- activations --------------------------------------------------------------------------------------------
+
+FASTICL_DEVICE float activate(Activation kind, float a) {
+  switch (kind) {
+    case Activation::none:
+      return a;
+    case Activation::relu:
+      return a < 0.0f ? 0.0f : a;  // keeps NaN
+    case Activation::gelu:         // by erfc, because 1 + erf cancels for negative a
+      return 0.5f * a * erfcf(a * -0.70710678118654752f);
+    case Activation::gelu_tanh:
+      return 0.5f * a * (1.0f + tanhf(0.79788456080286536f * fmaf(0.044715f * a * a, a, a)));
+    case Activation::silu:
+      return a / (1.0f + expf(-a));
+  }
+  return a;
+}
+
+}  // namespace fasticl

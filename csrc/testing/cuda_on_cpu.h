@@ -1,0 +1,341 @@
+// CUDA kernels on the CPU: the twins of device.h's instructions, and blocks whose threads are fibers. For tests of what
+// a kernel computes and where it reads and writes; not of speed, and not of the memory model beyond what is said here.
+//
+// Blocks run one after the other. A fiber runs until it waits at a barrier or a warp's instruction; which one runs next
+// is drawn from the seed, so that a missing barrier shows in some order. Asynchronous copies land as early or as late
+// as they may, drawn too: late ones miss if nobody waits for them, early ones overwrite what is still being read.
+// Shared memory has the launch's size exactly, for AddressSanitizer, and holds NaN when a block begins.
+#pragma once
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../types.h"
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define FASTICL_DEVICE inline
+#define FASTICL_SHARED(name) unsigned char* const name = ::fasticl::cuda_on_cpu::block->shared.get()
+#define __global__
+#define __launch_bounds__(...)
+
+namespace fasticl {
+
+struct uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct Index {
+  unsigned x = 0;
+};
+inline Index threadIdx, blockIdx, blockDim;
+
+namespace cuda_on_cpu {
+
+constexpr int kWarp = 32;
+constexpr size_t kStackBytes = 256 << 10;
+constexpr int kSharedLimit = 232448;  // bytes that a block of sm_90 may ask for
+enum class Copies { late, early, drawn };
+enum class State { ready, waiting, done };
+
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+  int group;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  State state;
+  std::vector<Copy> copies;  // that have not landed
+  int group;                 // of copies that is being filled
+  void* sanitizer;           // AddressSanitizer's fake stack
+};
+
+// Where threads meet: who has come, with what.
+struct Meeting {
+  const char* what = nullptr;
+  std::vector<void*> arguments;
+  int arrived = 0;
+};
+
+struct Block {
+  ucontext_t scheduler;
+  void* sanitizer = nullptr;
+  const void* scheduler_stack = nullptr;
+  size_t scheduler_bytes = 0;
+  std::vector<Fiber> fibers;
+  std::vector<Meeting> warps;
+  Meeting all;
+  std::unique_ptr<unsigned char, void (*)(void*)> shared{nullptr, std::free};
+  std::function<void()> kernel;
+  std::string error;
+  unsigned current = 0;
+  std::mt19937 draw;
+  Copies copies = Copies::drawn;
+};
+
+inline Block* block = nullptr;
+inline unsigned seed = 0;
+
+inline Fiber& self() { return block->fibers[block->current]; }
+
+// Leaves the fiber for the scheduler.
+inline void yield(bool last = false) {
+  Fiber& fiber = self();
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_start_switch_fiber(last ? nullptr : &fiber.sanitizer, block->scheduler_stack, block->scheduler_bytes);
+#endif
+  (void)last;
+  swapcontext(&fiber.context, &block->scheduler);
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(fiber.sanitizer, nullptr, nullptr);
+#endif
+}
+
+inline void enter() {
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(nullptr, &block->scheduler_stack, &block->scheduler_bytes);
+#endif
+  block->kernel();
+  self().state = State::done;
+  yield(true);
+}
+
+inline void resume(unsigned i) {
+  Fiber& fiber = block->fibers[i];
+  block->current = i;
+  threadIdx.x = i;
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_start_switch_fiber(&block->sanitizer, fiber.stack.get(), kStackBytes);
+#endif
+  swapcontext(&block->scheduler, &fiber.context);
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(block->sanitizer, nullptr, nullptr);
+#endif
+}
+
+// Waits until all threads of `meeting`, which are those from `first` on, have come to the same place; the last one to
+// come does what is done there with everybody's arguments.
+template <class Action>
+void meet(Meeting& meeting, unsigned first, const char* what, void* argument, const Action& action) {
+  if (meeting.arrived == 0) meeting.what = what;
+  if (meeting.what != what) {
+    block->error = std::string("threads of a warp or block meet at ") + meeting.what + " and " + what;
+  }
+  meeting.arguments[block->current - first] = argument;
+  if (++meeting.arrived < static_cast<int>(meeting.arguments.size())) {
+    self().state = State::waiting;
+    return yield();
+  }
+  action(meeting.arguments);
+  meeting.arrived = 0;
+  for (size_t i = 0; i < meeting.arguments.size(); ++i) block->fibers[first + i].state = State::ready;
+}
+
+template <class Action>
+void meet_warp(const char* what, void* argument, const Action& action) {
+  const unsigned warp = block->current / kWarp;
+  meet(block->warps[warp], warp * kWarp, what, argument, action);
+}
+
+inline void land(const Copy& copy) { std::memcpy(copy.to, copy.from, copy.bytes); }
+
+inline void copy_async(void* to, const void* from, int bytes) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes) {
+    block->error = "cp.async of " + std::to_string(bytes) + " bytes: a misaligned address";
+    return;
+  }
+  const Copy copy{to, from, bytes, self().group};
+  const bool early = block->copies == Copies::early || (block->copies == Copies::drawn && block->draw() % 2);
+  if (early) {
+    land(copy);
+  } else {
+    self().copies.push_back(copy);
+  }
+}
+
+// One block. Throws where threads wait for others that never come.
+inline void run_block(int threads, int shared_bytes, std::function<void()> kernel) {
+  static std::vector<Fiber> fibers;  // their stacks are kept from block to block
+  Block b;
+  if (static_cast<int>(fibers.size()) < threads) fibers.resize(threads);
+  b.fibers.swap(fibers);
+  b.warps.resize(threads / kWarp);
+  for (Meeting& warp : b.warps) warp.arguments.resize(kWarp);
+  b.all.arguments.resize(threads);
+  b.shared.reset(static_cast<unsigned char*>(std::aligned_alloc(128, (shared_bytes + 127) / 128 * 128)));
+  std::memset(b.shared.get(), 0xff, shared_bytes);
+  b.kernel = std::move(kernel);
+  b.draw.seed(seed * 7919 + blockIdx.x);
+  b.copies = static_cast<Copies>(seed % 3);
+  block = &b;
+  for (int i = 0; i < threads; ++i) {
+    Fiber& fiber = b.fibers[i];
+    fiber.state = State::ready;
+    fiber.copies.clear();
+    fiber.group = 0;
+    fiber.sanitizer = nullptr;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, enter, 0);
+  }
+  for (;;) {
+    std::vector<unsigned> ready;
+    int done = 0;
+    for (int i = 0; i < threads; ++i) {
+      if (b.fibers[i].state == State::ready) ready.push_back(i);
+      done += b.fibers[i].state == State::done;
+    }
+    if (done == threads || !b.error.empty()) break;
+    if (ready.empty()) {
+      b.error = "threads wait at a barrier that others of their warp or block never reach";
+      break;
+    }
+    std::shuffle(ready.begin(), ready.end(), b.draw);
+    for (const unsigned i : ready) {
+      if (b.error.empty()) resume(i);
+    }
+  }
+  block = nullptr;
+  fibers.swap(b.fibers);
+  if (!b.error.empty()) throw std::runtime_error("CUDA on the CPU: " + b.error);
+}
+
+inline float value(uint32_t word, int high, bf16) {
+  const uint32_t bits = high ? word & 0xffff0000u : word << 16;
+  float result;
+  std::memcpy(&result, &bits, 4);
+  return result;
+}
+
+inline float value(uint32_t word, int high, f16) {
+  const uint16_t bits = static_cast<uint16_t>(word >> 16 * high);
+  _Float16 result;
+  std::memcpy(&result, &bits, 2);
+  return result;
+}
+
+struct Operands {
+  float* d;
+  const uint32_t* a;
+  uint32_t b[2];
+};
+
+// Sums in the order of k, each rounded to float32; tensor cores have an order and a rounding of their own.
+template <class T>
+void multiply(const std::vector<void*>& lanes, T type) {
+  const auto of = [&](int lane) -> const Operands& { return *static_cast<const Operands*>(lanes[lane]); };
+  for (int lane = 0; lane < kWarp; ++lane) {
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+      float sum = of(lane).d[i];
+      for (int k = 0; k < 16; ++k) {
+        const uint32_t a = of(row % 8 * 4 + k % 8 / 2).a[row / 8 + k / 8 * 2];
+        const uint32_t b = of(column * 4 + k % 8 / 2).b[k / 8];
+        sum += value(a, k % 2, type) * value(b, k % 2, type);
+      }
+      of(lane).d[i] = sum;
+    }
+  }
+}
+
+}  // namespace cuda_on_cpu
+
+// ---- the vocabulary of device.h -----------------------------------------------------------------------------
+
+inline void __syncthreads() {
+  cuda_on_cpu::meet(cuda_on_cpu::block->all, 0, "__syncthreads", nullptr, [](const auto&) {});
+}
+
+inline void __syncwarp() {
+  cuda_on_cpu::meet_warp("__syncwarp", nullptr, [](const auto&) {});
+}
+
+inline int __popc(uint32_t v) { return __builtin_popcount(v); }
+
+inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t both = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t choice = selector >> 4 * i & 15;
+    const uint32_t byte = static_cast<uint32_t>(both >> (choice & 7) * 8) & 0xff;
+    result |= (choice & 8 ? (byte & 0x80 ? 0xffu : 0u) : byte) << 8 * i;  // bit 3 repeats the sign
+  }
+  return result;
+}
+
+inline uint32_t shift_right_wrap(uint32_t low, uint32_t high, uint32_t shift) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> shift % 32);
+}
+
+inline uint32_t shift_right_clamp(uint32_t low, uint32_t high, uint32_t shift) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> (shift < 32 ? shift : 32));
+}
+
+inline void copy_async_4(void* shared, const void* global) { cuda_on_cpu::copy_async(shared, global, 4); }
+inline void copy_async_16(void* shared, const void* global) { cuda_on_cpu::copy_async(shared, global, 16); }
+inline void copy_async_commit() { ++cuda_on_cpu::self().group; }
+
+template <int kPending>
+void copy_async_wait() {
+  auto& fiber = cuda_on_cpu::self();
+  auto& copies = fiber.copies;
+  const auto pending = [&](const auto& copy) { return copy.group >= fiber.group - kPending; };
+  const auto rest = std::stable_partition(copies.begin(), copies.end(), pending);
+  std::for_each(rest, copies.end(), cuda_on_cpu::land);
+  copies.erase(rest, copies.end());
+}
+
+template <class T>
+void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T type) {
+  cuda_on_cpu::Operands operands{d, a, {b0, b1}};
+  cuda_on_cpu::meet_warp("mma", &operands, [&](const auto& lanes) { cuda_on_cpu::multiply(lanes, type); });
+}
+
+inline float to_float(bf16 v) { return cuda_on_cpu::value(v.bits, 0, v); }
+inline float to_float(f16 v) { return cuda_on_cpu::value(v.bits, 0, v); }
+
+inline void from_float(float v, bf16& result) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  result.bits = static_cast<uint16_t>(v != v ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline void from_float(float v, f16& result) {
+  const _Float16 rounded = static_cast<_Float16>(v);
+  std::memcpy(&result.bits, &rounded, 2);
+}
+
+template <class... Parameters, class... Arguments>
+void launch(const char* what, void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes, int,
+            uintptr_t, const Arguments&... arguments) {
+  if (blocks < 1 || blocks > INT32_MAX || threads % cuda_on_cpu::kWarp || threads > 1024 ||
+      shared_bytes > cuda_on_cpu::kSharedLimit) {
+    throw std::runtime_error(std::string(what) + ": invalid configuration argument");
+  }
+  blockDim.x = threads;
+  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
+    cuda_on_cpu::run_block(threads, shared_bytes, [&] { kernel(arguments...); });
+  }
+}
+
+}  // namespace fasticl

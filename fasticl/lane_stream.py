@@ -1,0 +1,250 @@
+"""The lane-stream layout: a bitmap weight as the tensor cores of a GPU take it (csrc/bitmap_linear_cuda.cu).
+
+16 outputs are a strip, 64 columns a chunk. Lane ``l = 4 g + t`` of a warp holds, of a strip and chunk, the outputs
+``g`` and ``g + 8`` and the columns ``16 t`` to ``16 t + 15``: 32 positions, in the order in which operand A of
+``mma.m16n8k16`` takes them: four columns of output g, the same four of g + 8, the next four of g, and so on. That its
+steps take columns 16 t + 4 s + i where the instruction counts 2 t + i is no matter, as long as x is taken alike.
+
+    masks      int32 [strips, chunks, 32]; bit 8 s + 4 h + i of a word: whether the lane's output g + 8 h has a value
+               in its column 4 s + i
+    values     int32 [rows, 32]; column l is the stream of lane l: its values in the order of the bits, two to a word,
+               the first in the lower half. A lane reads from its own bank of shared memory, wherever it stands
+    starts     int32 [strips * chunks + 1]; the row that no lane has reached when a chunk begins
+    row_order  int32 [strips * 16]; the row of W that an output of a strip is, -1 for none
+
+K is cut into ``splits`` shares of whole chunks, one for each warp of a block, and the streams of a share begin at one
+row. Within it a lane's stream runs on from chunk to chunk, except that it never lags more than ``LAG`` rows behind the
+leading one: a lane that would skips ahead. So a ring of ``RING`` rows in shared memory is enough for any weight. Rows
+are ordered by their counts where that saves bytes: lanes of rows about equally long end together.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+if TYPE_CHECKING:
+    from fasticl.formats import PackedWeight
+
+DTYPES = (torch.bfloat16, torch.float16)
+STRIP, CHUNK, LANES = 16, 64, 32  # outputs, columns, lanes
+LAG, RING, QUAD = 28, 112, 4  # rows; they are copied by four
+DEPTHS = (8, 4)  # chunks under way: the ring holds 4 of any weight, 8 where all chunks are sparse enough
+WARP_BYTES, TABLE_BYTES = 18432, 128  # shared memory of a warp, and of a block besides
+MAX_SPLITS = 8
+WARPS = 12  # that a multiprocessor should have: how finely K is split
+MIN_SHARE = 8  # chunks: the ends of a share's streams are padding, which shorter shares have more of
+MIN_SAVED = 0.02  # of the rows of values, for which outputs are reordered and y is written in pieces
+_SLAB = 1 << 24  # positions that are packed at a time, to bound the memory that packing takes
+
+
+@dataclass(frozen=True)
+class LaneStream:
+    """A weight ``[N, K]`` in the lane-stream layout; see the module."""
+
+    values: Tensor
+    masks: Tensor
+    starts: Tensor
+    row_order: Tensor
+    splits: int
+    depth: int  # chunks that are fetched ahead
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.values, self.masks, self.starts, self.row_order]
+
+    @property
+    def plan(self) -> list[int]:
+        return [self.splits, self.depth]
+
+
+def to_lanes(
+    packed: PackedWeight, splits: int | None = None, *, multiprocessors: int = 132, shared_bytes: int = 232448
+) -> LaneStream:
+    """The lane-stream layout of a weight in the portable form, on its device.
+
+    Args:
+        packed: of format bitmap, sliced or nm; bfloat16 or float16.
+        splits: warps that share K, 1 to 8; None chooses them so that a GPU of ``multiprocessors`` and ``shared_bytes``
+            a block (by default an H200's) has enough to do.
+
+    Raises:
+        TypeError: the weight is of another dtype.
+        ValueError: it is compact or too large, or splits are out of range.
+    """
+    if packed.dtype not in DTYPES:
+        raise TypeError(f"lane streams: expected a weight of dtype bfloat16 or float16, got {packed.dtype}")
+    if packed.format == "compact":
+        raise ValueError("lane streams: expected format bitmap, sliced or nm, got compact")
+    N, K = packed.shape
+    strips, chunks = -(-N // STRIP), -(-K // CHUNK)
+    if strips * chunks >= 2**27 or K >= 2**31:  # a chunk adds up to 16 rows, which are counted in int32
+        raise ValueError(f"lane streams: expected K < 2**31 and fewer than 2**27 strips times chunks, got {N} x {K}")
+    most = min(MAX_SPLITS, (shared_bytes - TABLE_BYTES) // WARP_BYTES)
+    if splits is None:
+        splits = _choose_splits(strips, chunks, multiprocessors, most)
+    if not 1 <= splits <= most:
+        raise ValueError(f"lane streams: expected 1 to {most} splits, got {splits}")
+
+    dense = packed.unpack().view(torch.int16)
+    keep = packed.keep
+    row_order, advance, starts = _order(keep, splits)
+    first_rows = torch.zeros(strips * chunks + 1, dtype=torch.int64, device=keep.device)
+    torch.cumsum(advance.flatten(), 0, out=first_rows[1:])
+    values = torch.zeros((int(first_rows[-1]) + QUAD) * LANES * 2, dtype=torch.int16, device=keep.device)
+    masks = torch.zeros((strips, chunks, LANES), dtype=torch.int32, device=keep.device)
+    lane = torch.arange(LANES, device=keep.device)[:, None]
+    bit = torch.tensor([1 << i if i < 31 else -(1 << 31) for i in range(32)], dtype=torch.int32, device=keep.device)
+    begin = _share_rows(first_rows, strips, chunks, splits)
+    for some in _slabs(strips, chunks):
+        rows = row_order[some.start * STRIP : some.stop * STRIP]
+        kept, elements = _by_lanes(keep, rows), _by_lanes(dense, rows)  # [strips, chunks, lanes, 32]
+        masks[some] = (kept * bit).sum(-1, dtype=torch.int32)
+        position = starts[some][..., None] + kept.cumsum(-1) - 1  # since the share's first row
+        index = 2 * LANES * (position // 2) + 2 * lane + position % 2
+        index += 2 * LANES * begin[some][..., None, None]
+        values[index[kept]] = elements[kept]
+    depth = next(depth for depth in DEPTHS if depth == DEPTHS[-1] or _fits(advance, splits, depth))
+    return LaneStream(
+        values.view(torch.int32).view(-1, LANES), masks, first_rows.int(), row_order.int(), splits, depth
+    )  # fmt: skip
+
+
+def derive_lanes(packed: PackedWeight) -> LaneStream | None:
+    """The layout for the kernel on the weight's own device, or None where none takes it.
+
+    Taken are bitmap weights of bfloat16 or float16 on a CUDA device of compute capability 8.0 or newer, with
+    ``fasticl._C_cuda`` built.
+    """
+    if packed.device.type != "cuda" or packed.format != "bitmap" or packed.dtype not in DTYPES:
+        return None
+    if int(packed.keep.sum()) != packed.values.numel():
+        return None  # memory that is yet to be filled (nn.Module.to_empty)
+    properties = torch.cuda.get_device_properties(packed.device)
+    if properties.major < 8 or importlib.util.find_spec("fasticl._C_cuda") is None:
+        return None
+    shared_bytes = getattr(properties, "shared_memory_per_block_optin", 99 << 10)  # at least, from 8.0 on
+    return to_lanes(packed, multiprocessors=properties.multi_processor_count, shared_bytes=shared_bytes)
+
+
+def from_lanes(lanes: LaneStream, N: int, K: int, dtype: torch.dtype) -> Tensor:
+    """The dense ``[N, K]`` weight, decoded as the kernel does it: from starts, masks and streams alone."""
+    strips, chunks, _ = lanes.masks.shape
+    device = lanes.masks.device
+    kept = (lanes.masks[..., None] >> torch.arange(32, device=device) & 1).bool()
+    starts = _positions(kept.sum(-1), lanes.starts.long().diff().view(strips, chunks), lanes.splits)
+    position = starts[..., None] + kept.cumsum(-1) - 1
+    rows = _share_rows(lanes.starts.long(), strips, chunks, lanes.splits)[..., None, None] + position // 2
+    lane = torch.arange(LANES, device=device)[:, None].expand_as(rows)
+    halves = lanes.values.view(torch.int16).view(-1, LANES, 2)
+    elements = torch.zeros_like(kept, dtype=torch.int16)
+    elements[kept] = halves[rows[kept], lane[kept], (position % 2)[kept]]
+    # [strip, chunk, g, t, step, half, column] -> [strip, half, g, chunk, t, step, column]
+    by_rows = (
+        elements.view(strips, chunks, 8, 4, 4, 2, 4)
+        .permute(0, 5, 2, 1, 3, 4, 6)
+        .reshape(strips * STRIP, chunks * CHUNK)
+    )
+    dense = torch.zeros((N, K), dtype=torch.int16, device=device)
+    there = lanes.row_order >= 0
+    dense[lanes.row_order[there].long()] = by_rows[there, :K]
+    return dense.view(dtype)
+
+
+def shares(chunks: int, splits: int) -> list[tuple[int, int]]:
+    """First and last + 1 chunk of each share of K."""
+    return [(chunks * i // splits, chunks * (i + 1) // splits) for i in range(splits)]
+
+
+def _choose_splits(strips: int, chunks: int, multiprocessors: int, most: int) -> int:
+    """Where there are strips for all multiprocessors at most 4, so that blocks are small enough to share one."""
+    wanted = -(-WARPS * multiprocessors // max(1, strips))
+    return max(1, min(wanted, 4 if strips >= multiprocessors else most, chunks // MIN_SHARE, most))
+
+
+def _order(keep: Tensor, splits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The order of rows, the rows of values by strip and chunk, and the streams' positions where chunks begin."""
+    N, K = keep.shape
+    strips, chunks = -(-N // STRIP), -(-K // CHUNK)
+    counts = pad(keep, (0, -K % CHUNK)).view(N, chunks, 4, 16).sum(-1)  # of a lane's columns
+    as_is = torch.full((strips * STRIP,), -1, dtype=torch.int64, device=keep.device)
+    as_is[:N] = torch.arange(N, device=keep.device)
+    by_count = as_is.clone()
+    by_count[:N] = torch.argsort(counts.sum((1, 2)), descending=True, stable=True)
+    paired = by_count.view(strips, 2, 8)
+    by_count = torch.stack((paired[:, 0], paired[:, 1].flip(1)), 1).flatten()  # a lane has a longer and a shorter row
+    laid_out = [(order, *_streams(counts, order, splits)) for order in (as_is, by_count)]
+    used = [int(advance.sum()) for _, advance, _ in laid_out]
+    return laid_out[used[1] < (1 - MIN_SAVED) * used[0]]
+
+
+def _streams(counts: Tensor, order: Tensor, splits: int) -> tuple[Tensor, Tensor]:
+    """Rows of values that each chunk of a strip adds ``[strips, chunks]``, and positions ``[strips, chunks, 32]``."""
+    chunks = counts.shape[1]
+    strips = len(order) // STRIP
+    there = counts.new_zeros(len(order), chunks, 4)
+    there[order >= 0] = counts[order[order >= 0]]
+    by_lane = there.view(strips, 2, 8, chunks, 4).sum(1).permute(0, 2, 1, 3).reshape(strips, chunks, LANES)
+    advance = counts.new_zeros(strips, chunks)
+    return advance, _positions(by_lane, advance, splits, fill=True)
+
+
+def _positions(counts: Tensor, advance: Tensor, splits: int, fill: bool = False) -> Tensor:
+    """Positions ``[strips, chunks, 32]``, in values since the share began, of the streams where a chunk begins.
+
+    ``counts [strips, chunks, 32]`` are the values of the lanes, ``advance [strips, chunks]`` the rows that the leading
+    lane adds; with ``fill`` it is written, else read.
+    """
+    starts = torch.zeros_like(counts)
+    for first, last in shares(counts.shape[1], splits):
+        position = counts.new_zeros(counts.shape[0], LANES)
+        ahead = torch.zeros_like(advance[:, :1])  # the row that no lane has reached
+        for chunk in range(first, last):
+            position = torch.maximum(position, 2 * (ahead - LAG))
+            starts[:, chunk] = position
+            position = position + counts[:, chunk]
+            if fill:
+                reached = (position.amax(1, keepdim=True) + 1) // 2
+                advance[:, chunk, None] = (reached - ahead).clamp(min=0)
+            ahead = ahead + advance[:, chunk, None]
+    return starts
+
+
+def _share_rows(first_rows: Tensor, strips: int, chunks: int, splits: int) -> Tensor:
+    """The row of values ``[strips, chunks]`` at which the share of a chunk begins."""
+    begin = torch.zeros(chunks, dtype=torch.int64, device=first_rows.device)
+    for first, last in shares(chunks, splits):
+        begin[first:last] = first
+    return first_rows[:-1].view(strips, chunks)[:, begin]
+
+
+def _fits(advance: Tensor, splits: int, depth: int) -> bool:
+    """Whether the ring holds, while a chunk is decoded, the lag, that chunk and ``depth`` more, and a quad's rest."""
+    for first, last in shares(advance.shape[1], splits):
+        ahead = pad(advance[:, first:last].cumsum(1), (1, 0))  # rows before each chunk
+        latest = torch.arange(depth + 1, depth + 1 + last - first, device=advance.device).clamp(max=last - first)
+        oldest = (ahead[:, :-1] - LAG).clamp(min=0)
+        if (ahead[:, latest] - oldest + QUAD - 1 > RING).any():
+            return False
+    return True
+
+
+def _by_lanes(matrix: Tensor, rows: Tensor) -> Tensor:
+    """The rows of ``matrix [N, K]`` (zeros for -1) as ``[strips, chunks, 32, 32]``: by lane, in the order of bits."""
+    K = matrix.shape[1]
+    taken = pad(matrix[rows.clamp(min=0)] * (rows >= 0)[:, None], (0, -K % CHUNK))
+    # [strip, half, g, chunk, t, step, column] -> [strip, chunk, g, t, step, half, column]
+    lanes = taken.view(len(rows) // STRIP, 2, 8, -(-K // CHUNK), 4, 4, 4).permute(0, 3, 2, 4, 5, 1, 6)
+    return lanes.reshape(len(rows) // STRIP, -(-K // CHUNK), LANES, 32)
+
+
+def _slabs(strips: int, chunks: int) -> Iterator[slice]:
+    size = max(1, _SLAB // (STRIP * CHUNK * max(1, chunks)))
+    for first in range(0, strips, size):
+        yield slice(first, min(strips, first + size))

@@ -1,0 +1,145 @@
+"""What nvcc makes of the CUDA kernels: registers, no spills, tensor cores, instructions a position. Needs no GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+NVCC = shutil.which("nvcc")
+# The wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm, or a CUDA toolkit.
+TOOLS = os.pathsep.join([*(str(Path(folder, "nvidia/cu13/bin")) for folder in sys.path), os.environ["PATH"]])
+CUOBJDUMP = shutil.which("cuobjdump", path=TOOLS)
+ARCHITECTURES = ["80", "90a"]
+REGISTERS = 168  # three blocks of 128 threads a multiprocessor, 65536 registers, 8 at a time
+
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
+needs_cuobjdump = pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump")
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The machine code, and what ptxas says of it."""
+    cubin = tmp_path_factory.mktemp("cubin") / f"{request.param}.cubin"
+    target = f"-gencode=arch=compute_{request.param},code=sm_{request.param}"
+    command = [NVCC, "-O3", "-std=c++17", "-cubin", target, "-Icsrc", "csrc/bitmap_linear_cuda.cu", "-o", str(cubin)]
+    command += ["-Xptxas=-v,-warn-spills,-warn-lmem-usage,-Werror"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return cubin, done.stderr
+
+
+def kernels_of(cubin: Path) -> dict[str, list[tuple[int, str]]]:
+    """Address and text of each instruction, by kernel."""
+    command = [CUOBJDUMP, "-sass", str(cubin)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, "PATH": TOOLS}).stdout
+    found: dict[str, list[tuple[int, str]]] = {}
+    for line in text.splitlines():
+        if match := re.match(r"\s*Function : (\S+)", line):
+            instructions = found.setdefault(match[1], [])
+        elif match := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", line):
+            instructions.append((int(match[1], 16), match[2]))
+    return found
+
+
+@needs_nvcc
+def test_registers_and_no_spills(compiled: tuple[Path, str]) -> None:
+    registers = [int(count) for count in re.findall(r"Used (\d+) registers", compiled[1])]
+    assert len(registers) == 8  # two dtypes, four widths of tokens
+    assert max(registers) <= REGISTERS
+    assert (
+        re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", compiled[1])
+        == [("0", "0", "0")] * 8
+    )
+
+
+@needs_nvcc
+@needs_cuobjdump
+def test_machine_code(compiled: tuple[Path, str]) -> None:
+    kernels = kernels_of(compiled[0])
+    assert len(kernels) == 8
+    for name, instructions in kernels.items():
+        tiles = int(re.search(r"Li(\d)E", name)[1])
+        kind = "BF16" if "4bf16" in name else "F32"
+        products = [at for at, text in instructions if re.search(rf"HMMA\.16816\.F32(\.{kind})?", text)]
+        assert len(products) == 4 * tiles, name
+        local = [text for _, text in instructions if re.search(r"\b(LDL|STL)\b", text)]
+        assert not local, f"{name}: local memory: {local[:3]}"
+        assert sum("LDGSTS" in text for _, text in instructions) >= 3, name
+        if tiles == 1:
+            # From the fetch (the commit of its copies, within the loop) to the loop's end: 32 positions a lane.
+            begin = max(at for at, text in instructions if "LDGDEPBAR" in text and at < products[0])
+            end = next(at for at, text in instructions if at > products[-1] and "BRA" in text)
+            count = sum(begin < at <= end for at, _ in instructions)
+            assert count <= 5 * 32, f"{name}: {count / 32:.2f} instructions a position, with the products"
+
+
+def test_the_module_needs_no_driver() -> None:
+    """It imports and, without a GPU, says at a launch what is missing."""
+    cuda = pytest.importorskip("fasticl._C_cuda")
+    assert cuda.lane_stream["RING"] > 0
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match=r"bitmap_linear: .*needs an NVIDIA GPU and a driver for CUDA \d+\.\d"):
+            cuda.bitmap_linear(0, 1, 64, 0, 0, 0, 0, 1, 64, 1, 4, 0, 0, 0, 64, 1, 0, 0)
+
+
+@needs_cuobjdump
+def test_the_module_has_code_for_all_targets() -> None:
+    cuda = pytest.importorskip("fasticl._C_cuda")
+    for option, expected in (("--list-elf", {"sm_80", "sm_90a"}), ("--list-ptx", {"sm_80"})):
+        command = [CUOBJDUMP, option, cuda.__file__]
+        listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        assert set(re.findall(r"\.(sm_\w+)\.", listed)) == expected
+
+
+# ---- setup.py, with an nvcc that fails ------------------------------------------------------------------------------
+
+BUILD = """
+import importlib.util, sys
+from setuptools.dist import Distribution
+from setuptools.errors import CompileError
+
+spec = importlib.util.spec_from_file_location("setup", "setup.py")
+setup = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(setup)
+cuda = [extension for extension in setup.extensions if extension.name == "fasticl._C_cuda"]
+print("extensions:", len(cuda))
+if cuda:
+    command = setup.BuildExtension(Distribution({"name": "fasticl", "ext_modules": cuda}))
+    command.build_lib = command.build_temp = sys.argv[1]
+    command.ensure_finalized()
+    try:
+        command.run()
+        print("went on")
+    except CompileError as error:
+        print("stopped:", error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("mode", "nvcc", "expected"),
+    [
+        ("auto", "false", ["extensions: 1", "went on"]),
+        ("1", "false", ["extensions: 1", "stopped: nvcc:"]),
+        ("auto", "absent", ["extensions: 0"]),
+        ("1", "absent", ["FASTICL_CUDA=1: expected nvcc at one of absent, got none"]),
+        ("0", "false", ["extensions: 0"]),
+        ("yes", "false", ["FASTICL_CUDA: expected auto, 0 or 1, got 'yes'"]),
+    ],
+)
+def test_building_without_a_working_nvcc(mode: str, nvcc: str, expected: list[str], tmp_path: Path) -> None:
+    """auto goes on, 1 stops, 0 does not look; ``false`` is a program that fails whatever it is told."""
+    environment = {**os.environ, "FASTICL_CUDA": mode, "FASTICL_NVCC": nvcc}
+    environment.pop("FASTICL_SANITIZE", None)
+    command = [sys.executable, "-c", BUILD, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    for text in expected:
+        assert text in done.stdout + done.stderr, done.stdout + done.stderr
+    assert not list(tmp_path.rglob("*.so"))

@@ -1,0 +1,205 @@
+"""CUDA on the CPU is itself tested: by planted bugs, which it must find, and against the instructions' definitions."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_formats import BITS
+
+from fasticl.testing import cuda_on_cpu
+
+SOURCE = r"""
+#include "device.h"
+using namespace fasticl;
+
+static char message[1000];
+template <class... P, class... A>
+const char* run(unsigned seed, int shared_bytes, void (*kernel)(P...), A... arguments) {
+  cuda_on_cpu::seed = seed;
+  try {
+    launch("kernel", kernel, 1, 64, shared_bytes, 0, 0, arguments...);
+  } catch (const std::exception& error) {
+    return std::strncpy(message, error.what(), sizeof message - 1);
+  }
+  return nullptr;
+}
+
+// Each thread reads what its neighbour wrote.
+void neighbours(int* out, bool barrier) {
+  FASTICL_SHARED(shared);
+  int* words = reinterpret_cast<int*>(shared);
+  words[threadIdx.x] = threadIdx.x;
+  if (barrier) __syncthreads();
+  out[threadIdx.x] = words[(threadIdx.x + 1) % 64];
+}
+
+// Each thread reads what it had copied.
+void copied(const int* in, int* out, bool wait) {
+  FASTICL_SHARED(shared);
+  copy_async_4(shared + 4 * threadIdx.x, in + threadIdx.x);
+  copy_async_commit();
+  copy_async_commit();  // an empty group
+  if (wait) copy_async_wait<1>();
+  out[threadIdx.x] = reinterpret_cast<int*>(shared)[threadIdx.x];
+}
+
+// Each thread reads what its neighbour wrote, who then has it overwritten.
+void overwritten(const int* in, int* out, bool barrier) {
+  FASTICL_SHARED(shared);
+  int* words = reinterpret_cast<int*>(shared);
+  words[threadIdx.x] = threadIdx.x;
+  __syncthreads();
+  out[threadIdx.x] = words[(threadIdx.x + 1) % 64];
+  if (barrier) __syncthreads();
+  copy_async_4(shared + 4 * threadIdx.x, in + threadIdx.x);
+  copy_async_commit();
+  copy_async_wait<0>();
+}
+
+void left_alone() { if (threadIdx.x < 40) __syncthreads(); }
+
+void apart() {
+  float d[4] = {};
+  const uint32_t a[4] = {};
+  if (threadIdx.x % 2) mma(d, a, 0, 0, bf16{});
+  else __syncwarp();
+}
+
+void misaligned(const int* in) {
+  FASTICL_SHARED(shared);
+  copy_async_16(shared + 8, in);
+}
+
+template <class T>
+void product(const uint32_t* a, const uint32_t* b, float* d) {
+  if (threadIdx.x >= 32) return;
+  mma(reinterpret_cast<float(&)[4]>(d[4 * threadIdx.x]), reinterpret_cast<const uint32_t(&)[4]>(a[4 * threadIdx.x]),
+      b[2 * threadIdx.x], b[2 * threadIdx.x + 1], T{});
+}
+
+#define API extern "C" __attribute__((visibility("default")))
+API const char* run_neighbours(unsigned s, int* out, bool b) { return run(s, 256, neighbours, out, b); }
+API const char* run_copied(unsigned s, const int* in, int* out, bool w) { return run(s, 256, copied, in, out, w); }
+API const char* run_overwritten(unsigned s, const int* in, int* out, bool b) {
+  return run(s, 256, overwritten, in, out, b);
+}
+API const char* run_left_alone() { return run(0, 0, left_alone); }
+API const char* run_apart() { return run(0, 0, apart); }
+API const char* run_misaligned(const int* in) { return run(0, 256, misaligned, in); }
+API const char* run_product(const uint32_t* a, const uint32_t* b, float* d, bool half) {
+  return half ? run(0, 0, product<f16>, a, b, d) : run(0, 0, product<bf16>, a, b, d);
+}
+API uint32_t call_permute(uint32_t a, uint32_t b, uint32_t s) { return permute(a, b, s); }
+API uint32_t call_wrap(uint32_t l, uint32_t h, uint32_t s) { return shift_right_wrap(l, h, s); }
+API uint32_t call_clamp(uint32_t l, uint32_t h, uint32_t s) { return shift_right_clamp(l, h, s); }
+API uint16_t call_bf16(float v) { bf16 r; from_float(v, r); return r.bits; }
+API uint16_t call_f16(float v) { f16 r; from_float(v, r); return r.bits; }
+API float call_float(uint16_t bits, bool half) { return half ? to_float(f16{bits}) : to_float(bf16{bits}); }
+"""
+SEEDS = range(12)
+CSRC = Path(__file__).parents[1] / "csrc"
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    folder = tmp_path_factory.mktemp("cuda_on_cpu")
+    (folder / "kernels.cpp").write_text(SOURCE)
+    sanitized = "libasan" in os.environ.get("LD_PRELOAD", "")
+    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", f"-I{CSRC}"]
+    command += [*(cuda_on_cpu.SANITIZERS if sanitized else ()), "kernels.cpp", "-o", "kernels.so"]
+    subprocess.run(command, cwd=folder, check=True)
+    library = ctypes.CDLL(str(Path(folder, "kernels.so")))
+    for name in ("neighbours", "copied", "overwritten", "left_alone", "apart", "misaligned", "product"):
+        getattr(library, f"run_{name}").restype = ctypes.c_char_p
+    for name in ("permute", "wrap", "clamp"):
+        getattr(library, f"call_{name}").restype = ctypes.c_uint32
+    for name in ("bf16", "f16"):
+        getattr(library, f"call_{name}").restype = ctypes.c_uint16
+        getattr(library, f"call_{name}").argtypes = [ctypes.c_float]
+    library.call_float.restype = ctypes.c_float
+    return library
+
+
+def pointer(array: np.ndarray) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+@pytest.mark.parametrize("name", ["neighbours", "copied", "overwritten"])
+@pytest.mark.parametrize("right", [True, False])
+def test_a_missing_barrier_or_wait_shows(kernels: ctypes.CDLL, name: str, right: bool) -> None:
+    """In every order what is right is right, and in some order what lacks its barrier is wrong."""
+    data = np.arange(1000, 1064, dtype=np.int32)
+    expected = data if name == "copied" else np.roll(np.arange(64), -1)
+    correct = []
+    for seed in SEEDS:
+        out = np.full(64, -7, np.int32)
+        arguments = (
+            [pointer(out), ctypes.c_bool(right)]
+            if name == "neighbours"
+            else [pointer(data), pointer(out), ctypes.c_bool(right)]
+        )
+        assert getattr(kernels, f"run_{name}")(seed, *arguments) is None
+        correct.append(np.array_equal(out, expected))
+    assert all(correct) == right
+
+
+def test_threads_that_never_meet_are_named(kernels: ctypes.CDLL) -> None:
+    assert b"wait at a barrier that others of their warp or block never reach" in kernels.run_left_alone()
+    message = kernels.run_apart()
+    assert b"__syncwarp" in message
+    assert b"mma" in message
+    assert b"cp.async of 16 bytes: a misaligned address" in kernels.run_misaligned(pointer(np.zeros(8, np.int32)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_mma_is_the_product_of_its_fragments(kernels: ctypes.CDLL, dtype: torch.dtype) -> None:
+    """Elements a0 to a7, b0 to b3 and c0 to c3 of the fragments by the tables of the PTX manual for mma.m16n8k16."""
+    a, b, c = torch.randn(16, 16).to(dtype), torch.randn(16, 8).to(dtype), torch.randn(16, 8)
+    lanes = [(lane >> 2, lane % 4) for lane in range(32)]
+    a_elements = [[a[g + 8 * (i in (2, 3, 6, 7)), 2 * t + (i & 1) + 8 * (i >= 4)] for i in range(8)] for g, t in lanes]
+    b_elements = [[b[2 * t + (i & 1) + 8 * (i >= 2), g] for i in range(4)] for g, t in lanes]
+    c_index = [[(g + 8 * (i >= 2), 2 * t + (i & 1)) for i in range(4)] for g, t in lanes]
+    held = np.array([[float(c[index]) for index in of_lane] for of_lane in c_index], np.float32)
+    words = [torch.tensor(elements, dtype=dtype).view(torch.int32).numpy() for elements in (a_elements, b_elements)]
+    assert kernels.run_product(*map(pointer, words), pointer(held), ctypes.c_bool(dtype == torch.float16)) is None
+    result = torch.zeros(16, 8)
+    for of_lane, values in zip(c_index, held, strict=True):
+        for index, value in zip(of_lane, values, strict=True):
+            result[index] = float(value)
+    torch.testing.assert_close(result.double(), a.double() @ b.double() + c.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_bits(kernels: ctypes.CDLL) -> None:
+    low, high = 0x8899AABB, 0xCCDDEEFF
+    data = [*low.to_bytes(4, "little"), *high.to_bytes(4, "little")]
+    for selector in (0x3210, 0x7654, 0x4410, 0x1044, 0x1233, 0xFFFF3210):
+        expected = bytes(data[selector >> 4 * i & 7] for i in range(4))
+        assert kernels.call_permute(low, high, selector) == int.from_bytes(expected, "little")
+    assert kernels.call_permute(0x0080FF7F, 0, 0xBA98) == 0x00FFFF00  # repeats the signs
+    for shift in (0, 1, 16, 31, 32, 33, 48):
+        both = high << 32 | low
+        assert kernels.call_wrap(low, high, shift) == both >> shift % 32 & 0xFFFFFFFF
+        assert kernels.call_clamp(low, high, shift) == both >> min(shift, 32) & 0xFFFFFFFF
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_conversions_are_torchs(kernels: ctypes.CDLL, dtype: torch.dtype) -> None:
+    call = kernels.call_bf16 if dtype == torch.bfloat16 else kernels.call_f16
+    values = torch.randint(-(2**31), 2**31 - 1, (3000,)).int().view(torch.float32)
+    half_way = torch.tensor(
+        [1 + 3 / 512, 1 + 1 / 256, 1 + 3 / 2048, 1 + 1 / 2048, 65519.9, 65520.0, 3.4e38, -0.0, 1e-7]
+    )
+    for value in torch.cat((values, torch.randn(1000), half_way)):
+        result = torch.tensor([call(float(value))], dtype=torch.uint16).view(dtype)[0]
+        expected = value.to(dtype)
+        assert torch.equal(result, expected) or (result.isnan() and expected.isnan()), value
+    for bits in (0, 1, 0x8000, 0x3C00, 0x7C00, 0x7F80, 0x0400, 0xABCD):
+        wide = kernels.call_float(ctypes.c_uint16(bits), ctypes.c_bool(dtype == torch.float16))
+        expected = torch.tensor([bits], dtype=torch.int32).to(BITS[dtype]).view(dtype).float()[0]
+        torch.testing.assert_close(torch.tensor(wide), expected, rtol=0, atol=0, equal_nan=True)

@@ -1,0 +1,157 @@
+"""The lane-stream layout: every bit comes back, and what a chunk needs fits the ring."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_formats import BITS, pruned, random_bits, same_bits, special_values
+from torch import Tensor
+
+import fasticl
+from fasticl import lane_stream
+from fasticl.lane_stream import LaneStream, from_lanes, to_lanes
+
+DTYPES = lane_stream.DTYPES
+
+
+def lanes_of(weight: Tensor, splits: int | None = None) -> LaneStream:
+    return to_lanes(fasticl.pack(weight, "bitmap"), splits)
+
+
+def decoded(lanes: LaneStream, K: int) -> dict[tuple[int, int], int]:
+    """``{(row, column): the 16 bits of its value}``, read lane by lane as the text of lane_stream.py says, in plain
+    Python: it shares no line with the code that it checks.
+    """
+    halves = lanes.values.view(torch.int16).view(-1, 32, 2).tolist()
+    masks, starts, order = lanes.masks.tolist(), lanes.starts.tolist(), lanes.row_order.tolist()
+    strips, chunks = len(masks), -(-K // 64)
+    found = {}
+    for strip in range(strips):
+        for split in range(lanes.splits):
+            first, last = chunks * split // lanes.splits, chunks * (split + 1) // lanes.splits
+            for lane in range(32):
+                begin, at = starts[strip * chunks + first], 0
+                for chunk in range(first, last):
+                    at = max(at, 2 * (starts[strip * chunks + chunk] - begin - lane_stream.LAG))
+                    for bit in range(32):
+                        if masks[strip][chunk][lane] >> bit & 1:
+                            row = order[strip * 16 + lane // 4 + bit // 4 % 2 * 8]
+                            column = chunk * 64 + lane % 4 * 16 + bit // 8 * 4 + bit % 4
+                            found[row, column] = halves[begin + at // 2][lane][at % 2]
+                            at += 1
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("splits", [1, 2, 5, 8])
+def test_every_bit_comes_back(splits: int, dtype: torch.dtype) -> None:
+    for N, K, density in [(1, 1, 1.0), (33, 75, 0.5), (16, 64, 1.0), (7, 1500, 0.05), (40, 700, 0.0), (0, 9, 1.0)]:
+        weight = random_bits(N, K, dtype).masked_fill(torch.rand(N, K) >= density, 0.0)
+        assert same_bits(from_lanes(lanes_of(weight, splits), N, K, dtype), weight)
+    assert same_bits(from_lanes(lanes_of(torch.zeros(5, 0, dtype=dtype), splits), 5, 0, dtype), weight.new_zeros(5, 0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_special_values_come_back(dtype: torch.dtype) -> None:
+    """-0.0, denormals, infinities and NaN with payloads."""
+    weight = torch.zeros(18, 70, dtype=dtype)
+    special = special_values(dtype)
+    weight.view(-1)[torch.randperm(weight.numel())[: len(special)]] = special
+    weight[17, 69] = -0.0
+    assert same_bits(from_lanes(lanes_of(weight), 18, 70, dtype), weight)
+
+
+@given(data=st.data())
+def test_any_weight_is_as_the_text_says(data: st.DataObject) -> None:
+    N, K = data.draw(st.integers(0, 40), "N"), data.draw(st.integers(0, 300), "K")
+    dtype, splits = data.draw(st.sampled_from(DTYPES), "dtype"), data.draw(st.integers(1, 8), "splits")
+    rows = data.draw(st.lists(st.sampled_from([0.0, 0.05, 0.5, 1.0]), min_size=N, max_size=N), "rows")
+    keep = torch.rand(N, K) < torch.tensor(rows).view(N, 1)
+    weight = random_bits(N, K, dtype).masked_fill(~keep, 0.0)
+    lanes = lanes_of(weight, splits)
+    bits = weight.view(BITS[dtype])
+    assert decoded(lanes, K) == {(n, k): int(bits[n, k]) for n, k in bits.nonzero().tolist()}
+    assert same_bits(from_lanes(lanes, N, K, dtype), weight)
+
+
+@pytest.mark.parametrize("structure", ["dense", "one_lane", "turns", "random", "growing"])
+def test_the_ring_holds_what_is_under_way(structure: str) -> None:
+    """While a chunk is decoded: from the row that the last lane may read to the one that arrives for the deepest."""
+    keep = (
+        torch.rand(32, 64 * 40) < torch.linspace(0, 1, 64 * 40)
+        if structure == "growing"
+        else torch.rand(32, 2560) < 0.6
+    )
+    if structure == "dense":
+        keep = torch.ones(32, 2560, dtype=torch.bool)
+    elif structure == "one_lane":
+        keep = (torch.arange(2560) % 64 // 16 == 1).expand(32, -1)
+    elif structure == "turns":
+        keep = (torch.arange(2560) % 64 // 16 == torch.arange(2560) // 640).expand(32, -1)
+    weight = torch.ones(32, 2560, dtype=torch.bfloat16).masked_fill(~keep, 0.0)
+    for splits in (1, 3):
+        lanes = lanes_of(weight, splits)
+        starts, chunks = lanes.starts.tolist(), 40
+        for strip in range(2):
+            for first, last in lane_stream.shares(chunks, splits):
+                rows = [starts[strip * chunks + chunk] for chunk in range(first, last + 1)]
+                for i in range(last - first):
+                    arrived = -(-(rows[min(i + lanes.depth + 1, last - first)] - rows[0]) // 4) * 4  # by quads
+                    oldest = max(0, rows[i] - rows[0] - lane_stream.LAG)
+                    assert arrived - oldest <= lane_stream.RING
+                    assert rows[i + 1] - rows[i] <= 16
+
+
+def test_depth_follows_density() -> None:
+    assert lanes_of(pruned(64, 2048, 0.1, dtype=torch.bfloat16), 1).depth == 8
+    assert lanes_of(pruned(64, 2048, 1.0, dtype=torch.bfloat16), 1).depth == 4
+
+
+def test_rows_are_reordered_where_that_saves_bytes() -> None:
+    even = lanes_of(pruned(256, 2048, 0.5, dtype=torch.bfloat16), 1)
+    assert torch.equal(even.row_order, torch.arange(256, dtype=torch.int32))
+    weight = torch.randn(256, 2048).bfloat16().masked_fill(torch.rand(256, 2048) >= torch.rand(256, 1), 0.0)
+    skewed = lanes_of(weight, 1)
+    assert sorted(skewed.row_order.tolist()) == list(range(256))
+    assert not torch.equal(skewed.row_order, torch.arange(256, dtype=torch.int32))
+    values = int(weight.count_nonzero())
+    assert skewed.values.numel() * 2 < 1.15 * values, "padding of more than 15 %"
+    assert even.values.numel() * 2 < 1.12 * 256 * 2048 * 0.5
+
+
+def test_splits_follow_the_gpu() -> None:
+    packed = fasticl.pack(torch.ones(64, 4096, dtype=torch.bfloat16), "bitmap")
+    assert to_lanes(packed).splits == 8  # 4 strips: as many warps as a block may have
+    assert to_lanes(packed, multiprocessors=1).splits == 3  # 12 warps for the one multiprocessor
+    assert to_lanes(packed, shared_bytes=99 << 10).splits == 5  # of 18 KiB each
+    assert to_lanes(fasticl.pack(torch.ones(16, 640, dtype=torch.bfloat16), "bitmap")).splits == 1  # 10 chunks
+
+
+def test_errors_name_expected_and_got() -> None:
+    weight = torch.ones(16, 64)
+    with pytest.raises(TypeError, match=r"expected a weight of dtype bfloat16 or float16, got torch\.float32"):
+        to_lanes(fasticl.pack(weight, "bitmap"))
+    with pytest.raises(ValueError, match="expected format bitmap, sliced or nm, got compact"):
+        to_lanes(fasticl.pack(weight.half(), "compact"))
+    for splits in (0, 9):
+        with pytest.raises(ValueError, match=f"expected 1 to 8 splits, got {splits}"):
+            to_lanes(fasticl.pack(weight.half(), "bitmap"), splits)
+
+
+def test_validate_sees_a_layout_that_is_not_the_weights() -> None:
+    packed = fasticl.pack(pruned(20, 100, 0.5, dtype=torch.float16), "bitmap")
+    lanes = to_lanes(packed)
+    held = dataclasses.replace(packed, lanes=lanes).validate()
+    assert held.bytes == packed.bytes + held.bytes_read
+    assert held.bytes_read == sum(t.numel() * t.element_size() for t in lanes.tensors)
+    for name in ("values", "masks", "starts", "row_order"):
+        wrong = getattr(lanes, name).clone()
+        wrong.view(-1)[0] += 1
+        with pytest.raises(ValueError, match=rf"lanes\.{name}: expected what the portable form gives"):
+            dataclasses.replace(packed, lanes=dataclasses.replace(lanes, **{name: wrong})).validate()
+    with pytest.raises(ValueError, match=r"lanes\.depth: expected 8, got 4"):
+        dataclasses.replace(packed, lanes=dataclasses.replace(lanes, depth=4)).validate()
