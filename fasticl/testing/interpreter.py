@@ -73,61 +73,77 @@ def to_tf32(x: np.ndarray) -> np.ndarray:
 
 
 @dataclass
+class _Access:
+    """Lanes of one load or store: where they begin, how many bytes each takes, and the program."""
+
+    addresses: np.ndarray
+    size: int
+    program: int
+
+    def bytes(self) -> np.ndarray:
+        return (np.unique(self.addresses)[:, None] + np.arange(self.size, dtype=np.uint64)).ravel()
+
+
+@dataclass
 class _Memory:
-    """Bytes that the tensors of a launch take, and who touched which."""
+    """Where the tensors of a launch begin and end, and who touched which bytes."""
 
     begins: np.ndarray
     ends: np.ndarray
-    reads: list[tuple[np.ndarray, int]] = field(default_factory=list)  # byte addresses of one access, program
-    writes: list[tuple[np.ndarray, int]] = field(default_factory=list)
+    reads: list[_Access] = field(default_factory=list)
+    writes: list[_Access] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, arguments: list[Any]) -> _Memory:
-        spans = [
-            (t.data_ptr(), t.data_ptr() + _span(t)) for a in arguments if (t := getattr(a, "base", a)) is not None
-            and isinstance(t, torch.Tensor) and t.numel()
-        ]  # fmt: skip
-        return cls(np.array([a for a, _ in spans], np.uint64), np.array([b for _, b in spans], np.uint64))
+        tensors = [a.base if hasattr(a, "block_shape") else a for a in arguments]  # of a tensor descriptor, its tensor
+        spans = [(t.data_ptr(), _span(t)) for t in tensors if isinstance(t, torch.Tensor) and t.numel()]
+        begins = np.array([begin for begin, _ in spans], np.uint64)
+        return cls(begins, begins + np.array([span for _, span in spans], np.uint64))
 
     def access(self, kind: str, pointers: Any, mask: np.ndarray, program: tuple[int, int, int]) -> np.ndarray:
         """Records an access; returns the mask without what is out of bounds."""
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        addresses = pointers.data
-        mask = np.broadcast_to(mask.astype(bool), addresses.shape)
-        first, last = addresses[..., None], addresses[..., None] + np.uint64(size)
-        inside = ((first >= self.begins) & (last <= self.ends)).any(-1)
-        if (mask & ~inside).any():
-            worst = int(addresses[mask & ~inside].flat[0])
-            self.outside.append(
-                f"program {program}: {kind} of {size} bytes at {worst:#x}, {self._where(worst)}; "
-                f"{int((mask & ~inside).sum())} of {int(mask.sum())} lanes are outside"
-            )
-        mask = mask & inside
-        touched = np.unique(addresses[mask])
-        if kind != "atomic":
+        mask = np.broadcast_to(mask.astype(bool), pointers.data.shape)
+        addresses = pointers.data[mask]
+        if addresses.size and not self._inside(addresses.min(), addresses.max(), size).any():  # not all in one tensor
+            inside = self._inside(pointers.data[..., None], pointers.data[..., None], size).any(-1)
+            if (wrong := mask & ~inside).any():
+                first = int(pointers.data[wrong][0])
+                self.outside.append(
+                    f"program {program}: {kind} of {size} bytes at {first:#x}, {self._where(first)}; "
+                    f"{int(wrong.sum())} of {int(mask.sum())} lanes are outside"
+                )
+            mask = mask & inside
+            addresses = pointers.data[mask]
+        if addresses.size and kind != "atomic":
             number = (program[0] << 42) + (program[1] << 21) + program[2]
-            spread = (touched[:, None] + np.arange(size, dtype=np.uint64)).ravel()
-            (self.writes if kind == "store" else self.reads).append((spread, number))
+            (self.writes if kind == "store" else self.reads).append(_Access(addresses, size, number))
         return mask
+
+    def _inside(self, first: np.ndarray, last: np.ndarray, size: int) -> np.ndarray:
+        return (first >= self.begins) & (last + np.uint64(size) <= self.ends)
 
     def _where(self, address: int) -> str:
         beyond = [address - int(end) for end in self.ends if address >= end]
         before = [int(begin) - address for begin in self.begins if address < begin]
         if beyond and (not before or min(beyond) <= min(before)):
             return f"{min(beyond)} bytes past the end of a tensor"
-        return f"{min(before)} bytes before a tensor" if before else "and no tensor was given"
+        return f"{min(before)} bytes before a tensor" if before else "across the end of a tensor"
 
     def check(self) -> None:
         if self.outside:
             raise OutOfBoundsError("\n".join(self.outside[:10]))
+        if not self.writes:
+            return
         writes, writers = _by_address(self.writes)
         clash = (writes[1:] == writes[:-1]) & (writers[1:] != writers[:-1])
         if clash.any():
             i = int(clash.argmax())
             self._race("both write", writes[i], writers[i], writers[i + 1], clash)
-        reads, readers = _by_address(self.reads)
-        if writes.size and reads.size:
+        near = [r for r in self.reads if r.addresses.min() <= writes[-1] and r.addresses.max() + 8 > writes[0]]
+        if near:
+            reads, readers = _by_address(near)
             found = np.searchsorted(writes, reads).clip(max=writes.size - 1)
             clash = (writes[found] == reads) & (writers[found] != readers)
             if clash.any():
@@ -140,15 +156,15 @@ class _Memory:
 
 
 def _span(t: torch.Tensor) -> int:
+    """Bytes from the first element to the end of the last."""
     return (sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1) * t.element_size()
 
 
-def _by_address(accesses: list[tuple[np.ndarray, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Addresses, sorted, and the program of each."""
-    if not accesses:
-        return np.empty(0, np.uint64), np.empty(0, np.int64)
-    addresses = np.concatenate([a for a, _ in accesses])
-    programs = np.concatenate([np.full(a.size, p, np.int64) for a, p in accesses])
+def _by_address(accesses: list[_Access]) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes by address, and the program of each."""
+    touched = [(access.bytes(), access.program) for access in accesses]
+    addresses = np.concatenate([a for a, _ in touched])
+    programs = np.concatenate([np.full(a.size, p, np.int64) for a, p in touched])
     order = np.lexsort((programs, addresses))
     return addresses[order], programs[order]
 
