@@ -1,5 +1,7 @@
 """What the kernels share."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -23,6 +25,39 @@ def last_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
+def matrix(x: Tensor) -> Tensor:
+    """``x [..., K]`` as ``[M, K]`` with contiguous rows; a copy only where strides force one."""
+    return last_contiguous(x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
+
+
 @triton.jit
 def relu(x):
     return tl.where(x < 0, 0.0, x)  # keeps NaN, as torch does; a maximum drops it
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """float32; names as in fasticl.ops."""
+    if ACTIVATION == "relu":
+        x = relu(x)
+    elif ACTIVATION == "gelu":
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":  # 1 + tanh(u) = 2 sigmoid(2 u)
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif ACTIVATION == "silu":
+        x = x * tl.sigmoid(x)
+    return x
+
+
+@triton.jit
+def count_bits(x):
+    """Set bits of int32."""
+    return tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def permute_bytes(low, high, selector):
+    """Four bytes of the eight of int32 ``low`` and ``high``, each chosen by a nibble of ``selector``."""
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, selector], dtype=tl.int32, is_pure=True, pack=1
+    )

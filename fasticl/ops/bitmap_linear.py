@@ -74,4 +74,5 @@ registry.define(
     reference=reference,
     fake=_fake,
     cpu=cpu,
+    triton=True,
 )

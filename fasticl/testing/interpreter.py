@@ -25,7 +25,28 @@ from triton.runtime import interpreter as base
 
 Twin = Callable[..., np.ndarray | tuple[np.ndarray, ...]]
 
-_twins: dict[str, Twin] = {}
+
+_BITS = np.array([bin(i).count("1") for i in range(1 << 16)], np.int32)
+
+
+def _popc(x: np.ndarray) -> np.ndarray:
+    """popc.b32"""
+    return _BITS[x & 0xFFFF] + _BITS[(x >> 16) & 0xFFFF]
+
+
+def _prmt(low: np.ndarray, high: np.ndarray, selector: np.ndarray) -> np.ndarray:
+    """prmt.b32: bytes 0 to 3 of ``low``, 4 to 7 of ``high``; with bit 3 of its nibble, a byte's sign eight times."""
+    source = low.astype(np.uint32).astype(np.uint64) | high.astype(np.uint32).astype(np.uint64) << np.uint64(32)
+    result = np.zeros(source.shape, np.uint32)
+    for i in range(4):
+        nibble = (selector >> (4 * i)).astype(np.uint64)
+        byte = ((source >> ((nibble & np.uint64(7)) * np.uint64(8))) & np.uint64(255)).astype(np.uint32)
+        byte = np.where(nibble & np.uint64(8), (byte >> 7) * np.uint32(255), byte)
+        result |= byte << np.uint32(8 * i)
+    return result.view(np.int32)
+
+
+_twins: dict[str, Twin] = {"popc.b32 $0, $1;": _popc, "prmt.b32 $0, $1, $2, $3;": _prmt}
 _BITWISE = (np.bitwise_and, np.bitwise_or, np.bitwise_xor)
 _FLOAT_METHODS = ("binary_op", "unary_op", "ternary_op", "create_fma", "create_erf", "create_rsqrt")
 

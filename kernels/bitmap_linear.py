@@ -1,0 +1,10 @@
+"""``bitmap_linear`` on the GPU, from the portable form."""
+
+from fasticl.kernels._packed import launch_packed
+from torch import Tensor
+
+
+def launch(
+    x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, bias: Tensor | None, activation: str | None
+) -> Tensor:
+    return launch_packed(x, values, bitmask, row_offsets, bias, activation)

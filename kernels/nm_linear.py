@@ -1,0 +1,8 @@
+"""``nm_linear`` on the GPU: rows are equally long, and 16-bit values are put in their places by byte permutations."""
+
+from fasticl.kernels._packed import launch_packed
+from torch import Tensor
+
+
+def launch(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    return launch_packed(x, values, bitmask, None, bias, activation)
