@@ -23,8 +23,8 @@ SHAPES = {
     "d_in_several_steps": (2, 9, 200, 10),
     "no_neurons": (3, 4, 5, 0),
     "widest_in_one_launch": (2, 5, 256, 9),
-    "too_wide_for_one_launch": (3, 6, 260, 70),
-    "wide_rows_with_more_warps": (3, 3, 1030, 5),
+    "too_wide_for_one_launch": (3, 6, 260, 40),
+    "wide_rows_with_more_warps": (2, 3, 1030, 5),
     "split_in_two": (2, 515, 20, 30),
     "split_in_many": (2, 1300, 40, 100),
 }
@@ -147,10 +147,9 @@ def test_nan_in_other_inputs_propagates(name: str, monkeypatch) -> None:
 @pytest.mark.parametrize("view", [strided_last, strided_rows])
 def test_strides(view, shape: tuple[int, int, int, int]) -> None:
     tensors = inputs(*shape)
-    expected = launch(tensors)
     on_device = [view(x.to(DEVICE)) for x in tensors]
     assert not on_device[0].is_contiguous()
-    assert torch.equal(kernel.launch(*on_device, None).cpu(), expected)
+    assert_right(kernel.launch(*on_device, None).cpu(), tensors)
     context, *others = (x.to(DEVICE) for x in tensors)
     shared = context[:1].expand_as(context)  # many queries of one prompt
     assert torch.equal(kernel.launch(shared, *others, None), kernel.launch(shared.clone(), *others, None))

@@ -53,3 +53,57 @@ def test_attention_mlp(arch: int, dtype: torch.dtype, shape: tuple[int, int, int
     if kernels == 3 and dtype == torch.bfloat16:
         assert found["key_kernel"].count(TENSOR_CORES[arch])
         assert found["readout_kernel"].count("HMMA")  # of fewer rows than HGMMA multiplies
+
+
+def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@archs
+@pytest.mark.parametrize("M", [1, 8, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("format", ["bitmap", "nm"])
+def test_packed_linears(arch: int, format: str, dtype: torch.dtype, M: int) -> None:
+    N = K = 4096
+    x, values, bias = empty(M, K, dtype=dtype), empty(N * K // 2, dtype=dtype), empty(N, dtype=dtype)
+    mask, offsets = empty(N, K // 8, dtype=torch.uint8), empty(N + 1, dtype=torch.int64)
+    if format == "nm":
+        found = compiled(arch, nm_linear.launch, x, values, mask, bias, "gelu")["packed_kernel"]
+    else:
+        found = compiled(arch, bitmap_linear.launch, x, values, mask, offsets, bias, "gelu")["packed_kernel"]
+    assert found.count("POPC")
+    if dtype == torch.bfloat16:
+        if M > 1:
+            assert found.count("HMMA" if M == 8 else TENSOR_CORES[arch])
+        if format == "nm":  # eight words of a group are permuted from four, which one load brings
+            assert found.count("PRMT") >= 8
+            assert "LDG.E.128" in found.sass or "LDGSTS.E.BYPASS.128" in found.sass
+
+
+@archs
+@pytest.mark.parametrize("M", [1, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sliced_linear(arch: int, dtype: torch.dtype, M: int) -> None:
+    N = K = 4096
+    values, mask, offsets = empty(9, dtype=dtype), empty(N, K // 8, dtype=torch.uint8), empty(N + 1, dtype=torch.int64)
+    steps, slices = empty(9, 20, dtype=torch.uint8), empty(N // 16 + 1, 2, dtype=torch.int64)
+    order = empty(N, dtype=torch.int32)
+    x = empty(M, K, dtype=dtype)
+    found = compiled(arch, sliced_linear.launch, x, values, mask, offsets, values, steps, slices, order, None, "silu")
+    assert list(found) == ["sliced_kernel"]
+    assert found["sliced_kernel"].count("POPC")
+
+
+@archs
+@pytest.mark.parametrize("M", [1, 8, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fused_mlp(arch: int, dtype: torch.dtype, M: int) -> None:
+    """Two gated layers of a decoder: in one pass for one token, else the hidden activations are written."""
+    H, K = 8192, 2048
+    up, down = [empty(H, K, dtype=dtype)], [empty(K, H, dtype=dtype)]
+    found = compiled(arch, fused_mlp.launch, empty(M, K, dtype=dtype), up, down, up, None, None, None, "silu")
+    assert list(found) == (["mlp_kernel", "sum_kernel"] if M == 1 else ["hidden_kernel"])
+    first = next(iter(found.values()))
+    assert first.count("LDGSTS")
+    if dtype == torch.bfloat16:
+        assert first.count(TENSOR_CORES[arch] if M == 64 else "HMMA")

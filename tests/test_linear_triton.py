@@ -34,9 +34,9 @@ SHAPES = {
     "k_of_4_not_8": (20, 76),
     "k_of_8_not_16": (20, 120),
     "whole_tiles": (64, 256),
-    "several_tiles": (70, 530),
+    "several_tiles": (40, 270),
 }
-TOKENS = (1, 3, 8, 9, 17, 70)  # one, few, the most of sliced, more, more than a tile of few, more than a tile of many
+TOKENS = (1, 3, 9, 20)  # one, a few, more than the sliced layout takes, more than the smallest tile
 ops = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -68,12 +68,26 @@ def assert_as_dense(
 
 @dtypes
 @pytest.mark.parametrize("shape", SHAPES)
-@ops
+@pytest.mark.parametrize("op", [OPS[name] for name in ("bitmap", "8:16", "sliced")], ids=["bitmap", "8:16", "sliced"])
 def test_shapes_and_tokens(op: Op, shape: str, dtype: torch.dtype) -> None:
     N, K = SHAPES[shape]
     weight = op.weight(N, K, dtype=dtype)
     x = torch.randn(max(TOKENS), weight.shape[1]).to(dtype)
     assert_as_dense(op, x, weight, torch.randn(N).to(dtype), tokens=TOKENS)
+
+
+@dtypes
+@pytest.mark.parametrize(("pattern", "K"), [("2:4", 76), ("2:4", 20), ("4:8", 120), ("4:8", 8)])
+def test_other_patterns_where_no_group_of_16_ends(pattern: str, K: int, dtype: torch.dtype) -> None:
+    weight = OPS[pattern].weight(20, K, dtype=dtype)
+    assert_as_dense(OPS[pattern], torch.randn(20, K).to(dtype), weight, tokens=(1, 9, 20))
+
+
+@ops
+def test_more_tokens_than_a_tile(op: Op) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = op.weight(33, 70, dtype=dtype)
+        assert_as_dense(op, torch.randn(70, weight.shape[1]).to(dtype), weight)
 
 
 @pytest.mark.parametrize("density", [0.0, 0.01, 1.0])
@@ -104,14 +118,12 @@ def test_activations(op: Op, activation: str | None, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "8:16"])
 def test_every_choice_of_n_among_m(pattern: str) -> None:
-    """Full groups, at every place of the n values: 6, 70 and, of 12870, every seventh."""
+    """Full groups, at every place of the n values: 6, 70 and, of 12870, every 41st."""
     op, (n, m) = OPS[pattern], map(int, pattern.split(":"))
-    choices = torch.tensor(list(itertools.combinations(range(m), n)))[:: 7 if m == 16 else 1]
+    choices = torch.tensor(list(itertools.combinations(range(m), n)))[:: 41 if m == 16 else 1]
     groups = torch.zeros(len(choices), m).scatter_(1, choices, torch.randn(choices.shape))
-    for dtype in DTYPES[1:]:
-        weight = torch.cat((groups, groups.flip(0)), 1).to(dtype)
-        x = torch.randn(17, 2 * m).to(dtype)
-        assert_as_dense(op, x, weight, tokens=(1, 17))
+    weight = torch.cat((groups, groups.flip(0)), 1).bfloat16()
+    assert_as_dense(op, torch.randn(20, 2 * m).bfloat16(), weight, tokens=(1, 20))
 
 
 @ops

@@ -393,6 +393,28 @@ def _watch_memory() -> None:
     executor.__call__ = checked_call
 
 
+def _patch_the_language_once() -> None:
+    """A device function called by a kernel would patch triton.language again, at each call: half of a test's time."""
+    patch, executor = base._patch_lang, base.GridExecutor
+    call = executor.__call__
+    running = False
+
+    def patch_once(function: Any) -> Any:
+        return base._LangPatchScope() if running and function.__globals__.get("tl") is tl else patch(function)
+
+    def running_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal running
+        scope = patch(self.fn)
+        running = True
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            running = False
+            scope.restore()
+
+    base._patch_lang, executor.__call__ = patch_once, running_call
+
+
 _installed = False
 
 
@@ -410,4 +432,6 @@ def install() -> None:
         _repair_assembly()
         _repair_autotuning()
         _watch_memory()
+        if hasattr(base, "_LangPatchScope"):
+            _patch_the_language_once()
         _installed = True
