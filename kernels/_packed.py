@@ -91,7 +91,7 @@ def packed_kernel(
             word = 2 * first + tl.arange(0, 2 * BYTES)  # of the row; two values each
             words = tl.load(
                 words_ptr + n[:, None] * (stored_per_row // 2) + word[None, :],
-                mask=exists & (2 * word < stored_per_row)[None, :], other=0,
+                mask=exists & (word < stored_per_row // 2)[None, :], other=0,
             )  # fmt: skip
             w = permute_stored(words, low | high << 8, x_ptr.dtype.element_ty, BLOCK_N, BYTES // 2)
         else:

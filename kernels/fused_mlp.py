@@ -170,6 +170,6 @@ def _dense(
     block_m, block_h = (16, 32) if M <= 16 else (32, 32) if size == 4 else (64, 64)
     h = x.new_empty((*x.shape[:-1], H))
     hidden_kernel[(triton.cdiv(H, block_h), triton.cdiv(M, block_m))](
-        *hidden, h, M, H, K, *strides, BLOCK_M=block_m, BLOCK_H=block_h, BLOCK_K=128 // size, **options
+        *hidden, h, M, H, K, *strides, BLOCK_M=block_m, BLOCK_H=block_h, BLOCK_K=64 if size == 2 else 16, **options
     )
     return F.linear(h, down, down_bias)
