@@ -16,6 +16,7 @@ from fasticl.kernels import attention_mlp, bitmap_linear, fused_mlp, nm_linear, 
 
 from fasticl.testing.aot import Binary, compiling
 
+F32, BF16 = torch.float32, torch.bfloat16
 archs = pytest.mark.parametrize("arch", [80, 90], ids=["sm_80", "sm_90"])
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA"}
 
@@ -33,12 +34,12 @@ def compiled(arch: int, launch, *arguments) -> dict[str, Binary]:
 @pytest.mark.parametrize(
     ("dtype", "shape", "kernels"),
     [
-        (torch.bfloat16, (2048, 512, 64, 256), 1),
-        (torch.float32, (2048, 512, 64, 256), 1),
-        (torch.bfloat16, (2048, 512, 1024, 256), 3),
+        (BF16, (2048, 512, 64, 256), 1),
+        (F32, (2048, 512, 64, 256), 1),
+        (BF16, (2048, 512, 1024, 256), 3),
         (torch.float16, (3, 4096, 60, 200), 3),
-        (torch.bfloat16, (2048, 512, 61, 40), 1),
-        (torch.float32, (2048, 512, 1024, 256), 3),
+        (BF16, (2048, 512, 61, 40), 1),
+        (F32, (2048, 512, 1024, 256), 3),
     ],
     ids=str,
 )
@@ -50,7 +51,7 @@ def test_attention_mlp(arch: int, dtype: torch.dtype, shape: tuple[int, int, int
     if d != 61:  # a prompt's rows are copied ahead of their use, in words as wide as their alignment
         width = r"\.128" if d % 8 == 0 else ""
         assert len(re.findall(rf"\bLDGSTS\S*{width}\b", found["attention_kernel"].sass)) >= 3
-    if kernels == 3 and dtype == torch.bfloat16:
+    if kernels == 3 and dtype == BF16:
         assert found["key_kernel"].count(TENSOR_CORES[arch])
         assert found["readout_kernel"].count("HMMA")  # of fewer rows than HGMMA multiplies
 
@@ -62,7 +63,7 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 @archs
 @pytest.mark.parametrize(
     ("dtype", "M"),
-    [(torch.float32, 1), (torch.float32, 64), (torch.bfloat16, 1), (torch.bfloat16, 8), (torch.bfloat16, 64)],
+    [(F32, 1), (F32, 64), (BF16, 1), (BF16, 8), (BF16, 64)],
 )
 @pytest.mark.parametrize("format", ["bitmap", "nm"])
 def test_packed_linears(arch: int, format: str, dtype: torch.dtype, M: int) -> None:
@@ -74,7 +75,7 @@ def test_packed_linears(arch: int, format: str, dtype: torch.dtype, M: int) -> N
     else:
         found = compiled(arch, bitmap_linear.launch, x, values, mask, offsets, bias, "gelu")["packed_kernel"]
     assert found.count("POPC")
-    if dtype == torch.bfloat16:
+    if dtype == BF16:
         if M > 1:
             assert found.count("HMMA" if M == 8 else TENSOR_CORES[arch])
         if format == "nm":  # eight words of a group are permuted from four, which one load brings
@@ -84,7 +85,7 @@ def test_packed_linears(arch: int, format: str, dtype: torch.dtype, M: int) -> N
 
 @archs
 @pytest.mark.parametrize("M", [1, 8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_sliced_linear(arch: int, dtype: torch.dtype, M: int) -> None:
     N = K = 4096
     values, mask, offsets = empty(9, dtype=dtype), empty(N, K // 8, dtype=torch.uint8), empty(N + 1, dtype=torch.int64)
@@ -97,9 +98,7 @@ def test_sliced_linear(arch: int, dtype: torch.dtype, M: int) -> None:
 
 
 @archs
-@pytest.mark.parametrize(
-    ("dtype", "M"), [(torch.float32, 1), (torch.float32, 64), (torch.bfloat16, 1), (torch.bfloat16, 64)]
-)
+@pytest.mark.parametrize(("dtype", "M"), [(F32, 1), (F32, 64), (BF16, 1), (BF16, 64)])
 def test_fused_mlp(arch: int, dtype: torch.dtype, M: int) -> None:
     """Two gated layers of a decoder: in one pass for one token, else the hidden activations are written."""
     H, K = 8192, 2048
@@ -108,5 +107,5 @@ def test_fused_mlp(arch: int, dtype: torch.dtype, M: int) -> None:
     assert list(found) == (["mlp_kernel", "sum_kernel"] if M == 1 else ["hidden_kernel"])
     first = next(iter(found.values()))
     assert first.count("LDGSTS")
-    if dtype == torch.bfloat16:
+    if dtype == BF16:
         assert first.count(TENSOR_CORES[arch] if M == 64 else "HMMA")
