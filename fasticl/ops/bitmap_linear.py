@@ -25,7 +25,8 @@ def bitmap_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, a
         ``[..., N]`` in ``x.dtype``; products accumulate in float32, the result is rounded once.
 
     Where a weight is not stored, a few tokens (at most 8, 4 without AVX-512, and fewer the sparser the weight) are
-    multiplied by zero, more are not: an infinite or NaN x there gives NaN, as in the dense product, or nothing.
+    multiplied by zero, more are not: an infinite or NaN x there gives NaN, as in the dense product, or nothing. On CUDA
+    it always gives NaN.
 
     Raises:
         TypeError: ``x`` or ``bias`` is not of the weight's dtype, or ``weight`` is no PackedWeight.
