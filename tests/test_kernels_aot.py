@@ -109,3 +109,17 @@ def test_fused_mlp(arch: int, dtype: torch.dtype, M: int) -> None:
     assert first.count("LDGSTS")
     if dtype == BF16:
         assert first.count(TENSOR_CORES[arch] if M == 64 else "HMMA")
+
+
+def test_sizes_of_one_compile() -> None:
+    """Triton makes arguments of value one constants, whose types differ from those of tensors."""
+    x, weight, mask = empty(1, 1, dtype=F32), empty(1, 1, dtype=F32), empty(1, 1, dtype=torch.uint8)
+    offsets, lengths = empty(2, dtype=torch.int64), empty(1, dtype=torch.int64)
+    steps, slices, order = empty(4, 20, dtype=torch.uint8), empty(2, 2, dtype=torch.int64), empty(16, dtype=torch.int32)
+    vector = empty(1, dtype=F32)
+    compiled(80, attention_mlp.launch, x[None], x, weight, weight, vector, lengths)
+    compiled(80, attention_mlp.launch, x[None], x, weight, weight, vector, None)
+    compiled(80, bitmap_linear.launch, x, vector, mask, offsets, vector, None)
+    compiled(80, nm_linear.launch, x.expand(2, 1), vector, mask, None, "relu")
+    compiled(80, sliced_linear.launch, x, vector, mask, offsets, vector, steps, slices, order, vector, None)
+    compiled(80, fused_mlp.launch, x, [weight], [weight], None, vector, None, None, None)
