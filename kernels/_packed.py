@@ -9,6 +9,8 @@ the tile. Rows are not split over K, because nothing says where their values sta
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fasticl.kernels._common import (
     OPTIONS,
     activate,
@@ -18,7 +20,6 @@ from fasticl.kernels._common import (
     matrix,
     permute_bytes,
 )  # fmt: skip
-from torch import Tensor
 
 
 @triton.jit

@@ -11,9 +11,9 @@ import math
 import torch
 import triton
 import triton.language as tl
-from fasticl.kernels._common import OPTIONS, block, dot_precision, last_contiguous, relu
 from torch import Tensor
 
+from fasticl.kernels._common import OPTIONS, block, dot_precision, last_contiguous, relu
 from fasticl.ops.attention_mlp import reference
 
 MAX_D = 8192  # a row of a prompt lies in the registers of one program
@@ -34,11 +34,11 @@ def _merge(largest, total, mixed):
 @triton.jit
 def attention_kernel(
     context_ptr, query_ptr, A_ptr, W_ptr, a_ptr, lengths_ptr, key_ptr, out_ptr, mixed_ptr, state_ptr,
-    L, d, m, split_rows, context_stride_b, context_stride_l, query_stride, A_stride, W_stride,
-    ONE_LAUNCH: tl.constexpr, SPLITS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+    L, d, m, splits, split_rows, context_stride_b, context_stride_l, query_stride, A_stride, W_stride,
+    ONE_LAUNCH: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """A split of a prompt: F of the whole prompt if ONE_LAUNCH, else mixed [B, SPLITS, d] and state [B, SPLITS, 2].
+    """A split of a prompt: F of the whole prompt if ONE_LAUNCH, else mixed [B, splits, d] and state [B, splits, 2].
 
     d and the strides of context, A and W come divided by UNIT: so the compiler sees how many elements lie aligned.
     """
@@ -103,7 +103,7 @@ def attention_kernel(
             result = tl.where(valid, result, float("nan"))
         tl.store(out_ptr + b, result.to(out_ptr.dtype.element_ty))
     else:
-        at = b * SPLITS + split
+        at = b * splits + split
         tl.store(mixed_ptr + at * d + columns, c, mask=inside)
         tl.store(state_ptr + at * 2, top)
         tl.store(state_ptr + at * 2 + 1, sum_of_weights)
@@ -136,20 +136,20 @@ def key_kernel(
 
 @triton.jit
 def readout_kernel(
-    mixed_ptr, state_ptr, W_ptr, a_ptr, out_ptr, B, d, m, W_stride,
-    SPLITS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, STEP: tl.constexpr,
+    mixed_ptr, state_ptr, W_ptr, a_ptr, out_ptr, B, d, m, splits, W_stride,
+    PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """F = aᵀ ReLU(W c), c merged from the splits of each prompt."""
     prompts = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     exists = prompts < B
     top = tl.full((BLOCK_B,), -float("inf"), tl.float32)
-    for split in range(SPLITS):
-        largest = tl.load(state_ptr + (prompts * SPLITS + split) * 2, mask=exists, other=0.0)
+    for split in range(0, splits):
+        largest = tl.load(state_ptr + (prompts * splits + split) * 2, mask=exists, other=0.0)
         top = tl.maximum(top, largest)
     top = tl.where(top == -float("inf"), 0.0, top)
     total = tl.zeros((BLOCK_B,), tl.float32)
-    for split in range(SPLITS):
-        state = state_ptr + (prompts * SPLITS + split) * 2
+    for split in range(0, splits):
+        state = state_ptr + (prompts * splits + split) * 2
         scale = tl.exp(tl.load(state, mask=exists, other=0.0) - top)
         total += scale * tl.load(state + 1, mask=exists, other=1.0)
 
@@ -160,8 +160,8 @@ def readout_kernel(
         for first in range(0, d, STEP):
             step = first + tl.arange(0, STEP)
             c = tl.zeros((BLOCK_B, STEP), tl.float32)
-            for split in range(SPLITS):
-                at = prompts * SPLITS + split
+            for split in range(0, splits):
+                at = prompts * splits + split
                 scale = tl.exp(tl.load(state_ptr + at * 2, mask=exists, other=0.0) - top) / total
                 part = tl.load(
                     mixed_ptr + at[:, None] * d + step[None, :], mask=exists[:, None] & (step < d)[None, :], other=0.0
@@ -215,17 +215,16 @@ def launch(context: Tensor, query: Tensor, A: Tensor, W: Tensor, a: Tensor, leng
         )  # fmt: skip
     attention_kernel[(B, splits)](
         context, query, A, W, a, lengths, key, out, mixed, state,
-        L, d // unit, m, split_rows, context.stride(0) // unit, context.stride(1) // unit, query.stride(0),
+        L, d // unit, m, splits, split_rows, context.stride(0) // unit, context.stride(1) // unit, query.stride(0),
         A.stride(0) // unit, W.stride(0) // unit,
-        ONE_LAUNCH=one_launch, SPLITS=splits, BLOCK_L=block_l, BLOCK_D=block_d,
+        ONE_LAUNCH=one_launch, BLOCK_L=block_l, BLOCK_D=block_d,
         BLOCK_M=block(m, 1, max(1, TILE // 2 // block_d)), STEP=max(16, min(block_d, TILE // 2 // block_d)), STAGES=3,
-        UNIT=unit,
-        num_warps=warps, **OPTIONS,
+        UNIT=unit, num_warps=warps, **OPTIONS,
     )  # fmt: skip
     if not one_launch:
         rows = 16 if W.dtype == torch.float32 else min(block_b, 32)  # of more rows, float32 sums spill on sm_80
         readout_kernel[(triton.cdiv(B, rows),)](
-            mixed, state, W, a, out, B, d, m, W.stride(0),
-            SPLITS=splits, PRECISION=precision, BLOCK_B=rows, BLOCK_M=step, STEP=step, num_warps=4, **OPTIONS,
+            mixed, state, W, a, out, B, d, m, splits, W.stride(0),
+            PRECISION=precision, BLOCK_B=rows, BLOCK_M=step, STEP=step, num_warps=4, **OPTIONS,
         )  # fmt: skip
     return out

@@ -1,7 +1,8 @@
 """``bitmap_linear`` on the GPU, from the portable form."""
 
-from fasticl.kernels._packed import launch_packed
 from torch import Tensor
+
+from fasticl.kernels._packed import launch_packed
 
 
 def launch(

@@ -10,12 +10,12 @@ own ops' kernels, one after the other.
 import torch
 import triton
 import triton.language as tl
-from fasticl.kernels import sliced_linear
-from fasticl.kernels._common import OPTIONS, activate, dot_precision, last_contiguous, matrix
-from fasticl.kernels._packed import launch_packed
 from torch import Tensor
 from torch.nn import functional as F
 
+from fasticl.kernels import sliced_linear
+from fasticl.kernels._common import OPTIONS, activate, dot_precision, last_contiguous, matrix
+from fasticl.kernels._packed import launch_packed
 from fasticl.ops import _registry as registry
 from fasticl.ops.fused_mlp import reference
 

@@ -1,7 +1,8 @@
 """``nm_linear`` on the GPU: rows are equally long, and 16-bit values are put in their places by byte permutations."""
 
-from fasticl.kernels._packed import launch_packed
 from torch import Tensor
+
+from fasticl.kernels._packed import launch_packed
 
 
 def launch(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:

@@ -7,11 +7,11 @@ found by counting bits, and the column that it multiplies, which is gathered fro
 import torch
 import triton
 import triton.language as tl
-from fasticl.kernels._common import OPTIONS, activate, block, count_bits, matrix
-from fasticl.kernels._packed import launch_packed
 from torch import Tensor
 
 from fasticl.formats import STEP_BYTES
+from fasticl.kernels._common import OPTIONS, activate, block, count_bits, matrix
+from fasticl.kernels._packed import launch_packed
 from fasticl.ops.sliced_linear import MAX_TOKENS
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fasticl.kernels import attention_mlp as kernel
 from helpers import assert_close_to_truth
 from test_attention_mlp import DTYPES, Inputs, inputs, pytorch, strided_last, strided_rows, truth
 from torch import Tensor
 from triton_device import DEVICE
 
+from fasticl.kernels import attention_mlp as kernel
 from fasticl.testing.interpreter import checked
 
 # B, L, d, m; small, since the interpreter takes a millisecond for each step of each program

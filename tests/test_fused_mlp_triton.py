@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fasticl.kernels import fused_mlp as kernel
 from helpers import assert_close_to_truth
 from linear_cases import ACTIVATIONS, DTYPES, double
 from test_fused_mlp import MIXES, flattened, make, mlp
@@ -12,6 +11,7 @@ from torch import Tensor
 from triton_device import DEVICE
 
 from fasticl import PackedWeight
+from fasticl.kernels import fused_mlp as kernel
 from fasticl.testing.interpreter import checked
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -13,7 +13,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this process", allow_module_level=True)
 
 from fasticl.kernels import attention_mlp, bitmap_linear, fused_mlp, nm_linear, sliced_linear
-
 from fasticl.testing.aot import Binary, compiling
 
 F32, BF16 = torch.float32, torch.bfloat16
