@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from common import DTYPES, Case, Contender, Truth, generator
+from common import DTYPES, Case, Contender, Truth, copies_of, device, generator
 from linear import bytes_of
 from torch import Tensor
 
@@ -41,16 +42,19 @@ def attention_case(shape: tuple[int, int, int, int], dtype: str, tier: str, *, c
         random = generator(B + L)
 
         def gaussian(*size: int) -> Tensor:
-            return torch.randn(size, generator=random).to(DTYPES[dtype])
+            return torch.randn(size, generator=random).to(device(), DTYPES[dtype])
 
         tensors = [gaussian(B, L, d), gaussian(B, d), gaussian(d, d) / d, gaussian(m, d) / d**0.5, gaussian(m) / m]
+        # On a GPU the prompts come from memory; on a CPU they stay where one copy of them stays.
+        count = copies_of(bytes_of(tensors[0]), "cold" if device() == "cuda" else "hot")
+        copies = [tensors] + [[tensors[0].clone(), *tensors[1:]] for _ in range(count - 1)]
         truth = Truth.of(eager, *tensors)
         size = bytes_of(*tensors) + B * tensors[0].element_size()
         flops = 2 * B * (2 * L * d + d * d + m * d + m)
 
         def contender(impl: str, call: Callable[..., Tensor], dense: bool) -> Contender:
             held_to = truth.loose() if impl == "torch_compile" else truth
-            return Contender(impl, [lambda: call(*tensors)], held_to, size, flops, dense=dense)
+            return Contender(impl, [partial(call, *each) for each in copies], held_to, size, flops, dense=dense)
 
         found = [contender("torch", eager, True), contender("fasticl", fasticl.ops.attention_mlp, False)]
         if compiled:

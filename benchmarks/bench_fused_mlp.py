@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Case, Contender, Truth
+from common import Case, Contender, Truth, device
 from linear import bytes_of, inputs, pruned
 from torch import Tensor
 
@@ -60,7 +60,7 @@ def mlp_case(
         dense = partial(dense_mlp, activation)
 
         def contender(impl: str, call: Callable, sparsity: float, pattern: str, **options) -> Contender:
-            tensors = weights(H, K, gated, sparsity, pattern, dtype)
+            tensors = [w.to(device()) for w in weights(H, K, gated, sparsity, pattern, dtype)]
             stored = (
                 [fasticl.pack(w, "bitmap") for w in tensors]
                 if impl == "fasticl" and pattern == "unstructured"
@@ -83,7 +83,7 @@ def mlp_case(
 
         fused = partial(fasticl.ops.fused_mlp, activation=activation)
         found = [contender("torch", dense, 0.0, "dense", dense=True)]
-        if dtype == "float32":
+        if dtype == "float32" and device() == "cpu":
             found.append(contender("numpy", numpy_call, 0.0, "dense", dense=True, own_pool=True))
         for sparsity in sparsities:
             found.append(contender("torch_smaller", dense, sparsity, "neuron"))

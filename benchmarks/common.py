@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 from math import ceil
 from pathlib import Path
 
+import gpu_clock
 import torch
 from environment import Environment, last_level_cache_bytes
 from torch import Tensor
@@ -30,6 +31,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SETTLED_SECONDS = 0.012
 # Long enough to be about calls in a row, as in a decoding loop, not about the first ones after a pause.
 SAMPLE_MS = 15.0
+_device = "cpu"
+
+
+def use(device: str) -> None:
+    """Where cases put their tensors from now on."""
+    global _device
+    _device = device
+
+
+def device() -> str:
+    return _device
 
 
 def generator(salt: int) -> torch.Generator:
@@ -145,7 +157,7 @@ def copies_of(weight_bytes: int, cache: str) -> int:
     """How many copies of the weights a contender rotates: one when hot; when cold 1.25 times the last-level cache."""
     if cache == "hot":
         return 1
-    return min(128, max(2, ceil(1.25 * last_level_cache_bytes() / weight_bytes)))
+    return min(128, max(2, ceil(1.25 * last_level_cache_bytes(device()) / weight_bytes)))
 
 
 def measure(
@@ -164,13 +176,16 @@ def measure(
 
     turns: dict[str, Sequence[Callable[[], object]]] = {}
     for contender in contenders:
-        settle = contender.own_pool and environment.threads > 1
+        settle = contender.own_pool and environment.threads > 1 and environment.device == "cpu"
         if settle:
             turns[f"before {contender.name}"] = [_settle]
         turns[contender.name] = contender.calls
         if settle:
             turns[f"after {contender.name}"] = [_settle]
-    timings = interleaved(turns, seconds=seconds, sample_ms=SAMPLE_MS, min_samples=min_samples)
+    if environment.device == "cuda":
+        timings = gpu_clock.interleaved(turns, seconds=seconds, min_samples=min_samples)
+    else:
+        timings = interleaved(turns, seconds=seconds, sample_ms=SAMPLE_MS, min_samples=min_samples)
 
     best = min((c for c in contenders if c.dense), key=lambda c: timings[c.name].ms_p50, default=None)
     utc = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")

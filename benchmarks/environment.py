@@ -74,8 +74,15 @@ def cpu_slug(threads: int) -> str:
     return re.sub(r"[^a-z0-9]+", "-", " ".join([*parts, f"{threads}threads"]).lower()).strip("-")
 
 
-def last_level_cache_bytes() -> int:
-    """Of the first CPU; 32 MiB where the system does not say."""
+def gpu_slug() -> str:
+    """Names this GPU: ``nvidia-h200``."""
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+
+
+def last_level_cache_bytes(device: str = "cpu") -> int:
+    """Of the first CPU, 32 MiB where the system does not say; on cuda the L2 cache."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).L2_cache_size
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     found = [int(text[:-1]) * units[text[-1]] for path in sizes if (text := path.read_text().strip())[-1:] in units]

@@ -11,7 +11,7 @@ from math import prod
 
 import torch
 import torch.nn.functional as F
-from common import DTYPES, Case, Contender, Truth, copies_of, generator
+from common import DTYPES, Case, Contender, Truth, copies_of, device, generator
 from torch import Tensor
 
 import fasticl
@@ -44,7 +44,7 @@ def pruned(N: int, K: int, sparsity: float, pattern: str, dtype: str) -> Tensor:
 
 
 def inputs(batch: int, K: int, dtype: str) -> Tensor:
-    return torch.randn(batch, K, generator=generator(batch)).to(DTYPES[dtype])
+    return torch.randn(batch, K, generator=generator(batch)).to(device(), DTYPES[dtype])
 
 
 def bytes_of(*tensors: Tensor) -> int:
@@ -71,12 +71,12 @@ def forced(target: str, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 def dense_contenders(x: Tensor, weight: Tensor, cache: str) -> list[Contender]:
-    """torch, NumPy (float32) and onnxruntime (float32, from batch 16): the same product with every weight stored."""
+    """torch and, on the CPU, NumPy (float32) and onnxruntime (float32, from batch 16): every weight stored."""
     truth = Truth.of(F.linear, x, weight)
     size = bytes_of(x, weight) + bytes_of(x) // x.shape[-1] * weight.shape[0]
     flops = 2 * weight.numel() * prod(x.shape[:-1])
     calls = {"torch": rotated(partial(F.linear, x), weight, bytes_of(weight), cache)}
-    if weight.dtype == torch.float32:
+    if weight.dtype == torch.float32 and device() == "cpu":
         x_numpy = x.numpy()
         calls["numpy"] = rotated(lambda w: torch.from_numpy(x_numpy @ w.T), weight.numpy(), bytes_of(weight), cache)
         if x.shape[0] >= ONNXRUNTIME_FROM_BATCH and (matmul := onnxruntime_matmul(weight)) is not None:
@@ -134,10 +134,11 @@ def linear_case(
 
     def build() -> list[Contender]:
         x = inputs(batch, K, dtype)
-        contenders = dense_contenders(x, pruned(N, K, 0.0, "dense", dtype), cache)
+        contenders = dense_contenders(x, pruned(N, K, 0.0, "dense", dtype).to(device()), cache)
         for sparsity, pattern in kept:
             weight = pruned(N, K, sparsity, pattern, dtype)
             packed = fasticl.pack(weight, op.removesuffix("_linear"), pattern=pattern if ":" in pattern else None)
+            packed, weight = packed.to(device()), weight.to(device())
             best = Contender(
                 "fasticl",
                 rotated(partial(function, x), packed, packed.bytes_read, cache),

@@ -12,9 +12,10 @@ import time
 import warnings
 from pathlib import Path
 
+import gpu_cases
 import torch
-from common import DTYPES, Case, Results, WrongResult, measure
-from environment import ROOT, Environment, cpu_slug
+from common import DTYPES, Case, Results, WrongResult, measure, use
+from environment import ROOT, Environment, cpu_slug, gpu_slug
 from threadpoolctl import threadpool_limits
 
 OPS = ("bandwidth", "bitmap_linear", "sliced_linear", "nm_linear", "fused_mlp", "attention_mlp", "model")
@@ -22,23 +23,26 @@ OPS = ("bandwidth", "bitmap_linear", "sliced_linear", "nm_linear", "fused_mlp", 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu"], default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--op", choices=OPS, action="append", help="only this one; repeat for more")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="only this one; repeat for more")
     parser.add_argument("--quick", action="store_true", help="the headline cases with few samples; not for quoting")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0, help="of the weights and inputs")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/cpu-<model>.csv; --quick: runs/bench/")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<machine>.csv; --quick: runs/bench/")
     parser.add_argument("--force", action="store_true", help="measure again what the file has")
     return parser.parse_args(arguments)
 
 
 def selected(options: argparse.Namespace) -> list[Case]:
-    """Headline cases first, in the order of ``OPS``."""
+    """Headline cases first, on a CPU in the order of ``OPS``."""
     cases: list[Case] = []
-    for op in OPS:
-        if options.op is None or op in options.op:
-            cases += importlib.import_module(f"bench_{op}").cases(options.quick)
+    if options.device == "cuda":
+        cases = [case for case in gpu_cases.cases(options.quick) if options.op is None or case.op in options.op]
+    else:
+        for op in OPS:
+            if options.op is None or op in options.op:
+                cases += importlib.import_module(f"bench_{op}").cases(options.quick)
     cases = [case for case in cases if options.dtype is None or case.dtype in options.dtype]
     if options.quick:
         cases = [case for case in cases if case.tier == "headline"]
@@ -56,9 +60,13 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     threadpool_limits(options.threads, user_api="blas")  # NumPy's OpenBLAS
     folder = ROOT / ("runs/bench" if options.quick else "benchmarks/results")
-    results = Results(options.out or folder / f"cpu-{cpu_slug(options.threads)}.csv")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device: expected cpu on a machine without a CUDA device, got cuda")
+    use(options.device)
+    machine = gpu_slug() if options.device == "cuda" else f"cpu-{cpu_slug(options.threads)}"
+    results = Results(options.out or folder / f"{machine}.csv")
     environment = Environment.current(options.device, options.threads)
-    seconds, min_samples = (0.2, 3) if options.quick else (1.0, 15)
+    seconds, min_samples = (0.2, 3) if options.quick else (0.3 if options.device == "cuda" else 1.0, 15)
 
     cases = selected(options)
     if not cases:

@@ -12,6 +12,7 @@ import torch
 
 import fasticl
 from fasticl import _C
+from fasticl.ops import _registry as registry
 
 _PACKAGES = (
     "numpy",
@@ -80,8 +81,16 @@ def _cpu() -> tuple[str, set[str]]:
 
 
 def _why(device: str, runs: str, targets: list[str]) -> str:
-    if runs.startswith("reference"):
-        return f"no {device.upper()} kernel for this op"
     if device == "cpu":
+        if runs.startswith("reference"):
+            return "no C++ kernel for this op"
         return f"the best of {', '.join(targets)}, which this CPU can run"
-    return "" if torch.cuda.is_available() else "when the tensors are there; no such device now"
+    if (error := registry.triton_error()) is not None:
+        return f"Triton does not import: {error}"
+    if runs.startswith("reference"):
+        return "no Triton kernel for this op"
+    if not torch.cuda.is_available():
+        return "when the tensors are there; no such device now"
+    devices = range(torch.cuda.device_count())
+    old = [i for i in devices if torch.cuda.get_device_capability(i) < registry.MIN_CAPABILITY]
+    return f"the reference on {', '.join(f'cuda:{i}' for i in old)}: too old for the kernels" if old else ""

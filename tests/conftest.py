@@ -37,7 +37,8 @@ hypothesis.settings.load_profile("fasticl")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks the tests in an op's own file."""
     for item in items:
-        if (OPS / f"{item.path.stem.removeprefix('test_')}.py").exists():
+        op = item.path.stem.removeprefix("test_").removesuffix("_triton")
+        if (OPS / f"{op}.py").exists():
             item.add_marker(pytest.mark.kernels)
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +29,8 @@ import bench_fused_mlp  # noqa: E402
 import bench_model  # noqa: E402
 import common  # noqa: E402
 import environment  # noqa: E402
+import gpu_cases  # noqa: E402
+import gpu_clock  # noqa: E402
 import linear  # noqa: E402
 import plot  # noqa: E402
 import run  # noqa: E402
@@ -138,7 +143,7 @@ def test_every_copy_is_checked() -> None:
 
 
 def test_cold_contenders_rotate_their_own_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "last_level_cache_bytes", lambda: 4 * 48 * 32 * 4)
+    monkeypatch.setattr(common, "last_level_cache_bytes", lambda device: 4 * 48 * 32 * 4)
     cold = {f"{c.impl} {c.sparsity}": c for c in tiny(cache="cold").build()}
     assert len(cold["torch 0.0"].calls) == 5  # 1.25 times the cache
     assert len(cold["fasticl 0.5"].calls) > 5
@@ -234,6 +239,74 @@ def test_all_cases_are_distinct_and_cover_every_op() -> None:
         assert tiers == sorted(tiers)  # headline first
     assert {case.op for case in run.selected(run.parse(["--op", "nm_linear"]))} == {"nm_linear"}
     assert {case.dtype for case in run.selected(run.parse(["--dtype", "bfloat16"]))} == {"bfloat16"}
+
+
+def stub_capture(calls: Sequence[Callable[[], object]]) -> tuple[Callable[[], float], int]:
+    """As gpu_clock.capture, without a GPU: the calls themselves, by the wall clock."""
+
+    def replay() -> float:
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        return (time.perf_counter() - start) * 1e3
+
+    return replay, len(calls)
+
+
+def test_gpu_clock_divides_replays_by_their_calls() -> None:
+    milliseconds = {"slow": iter([100.0, 6.0, 8.0, 10.0]), "fast": iter([100.0, 1.0, 2.0, 3.0])}
+    calls = {"slow": 4, "fast": 2}
+
+    def capture(contender: Sequence[Callable[[], object]]) -> tuple[Callable[[], float], int]:
+        name = contender[0]()
+        return lambda: next(milliseconds[name]), calls[name]
+
+    timed = gpu_clock.interleaved(
+        {name: [lambda name=name: name] for name in calls}, seconds=1e-9, min_samples=3, capture=capture
+    )
+    assert (timed["slow"].ms_p50, timed["fast"].ms_p50) == (2.0, 1.0)  # the first replay warms up
+    assert (timed["slow"].samples, timed["slow"].repeats) == (3, 4)
+
+
+def test_gpu_rows_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cases' own tensors, checks and rows; where they lie and how they are timed is stubbed."""
+    monkeypatch.setattr(gpu_clock, "interleaved", partial(gpu_clock.interleaved, capture=stub_capture))
+    there = replace(HERE, device="cuda")
+    rows = common.measure(tiny(), there, **QUICK)
+    rows += common.measure(bench_attention_mlp.attention_case((3, 5, 16, 8), "float32", "sweep", compiled=False), there)
+    assert {row["device"] for row in rows} == {"cuda"}
+    assert {row["impl"] for row in rows} >= {"torch", "fasticl"}
+    monkeypatch.setattr(gpu_cases, "READ_BYTES", 1 << 16)
+    monkeypatch.setattr(gpu_cases, "MATMUL", 64)
+    monkeypatch.setattr(Tensor, "cuda", lambda self: self)
+    for case in gpu_cases.cases(True)[:3]:
+        (row,) = common.measure(case, there, **QUICK)
+        assert row["impl"] in ("read_only", "copy", "matmul")
+        assert (row["baseline"], row["speedup"]) == ("", "")
+
+
+def test_gpu_cases_rotate_copies_past_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "device", lambda: "cuda")
+    monkeypatch.setattr(bench_attention_mlp, "device", lambda: "cuda")
+    properties = SimpleNamespace(L2_cache_size=60 << 20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    assert common.copies_of(32 << 20, "cold") == 3
+    assert environment.last_level_cache_bytes("cuda") == 60 << 20
+    assert common.copies_of(32 << 20, "hot") == 1
+
+
+def test_gpu_cases_cover_every_op() -> None:
+    for arguments in ([], ["--quick"]):
+        cases = run.selected(run.parse(["--device", "cuda", *arguments]))
+        assert {case.op for case in cases} == set(run.OPS) - {"model"}
+        assert cases[0].op == "bandwidth"  # ceilings first
+    assert {case.op for case in run.selected(run.parse(["--device", "cuda", "--op", "nm_linear"]))} == {"nm_linear"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_a_gpu_run_without_a_gpu_is_refused() -> None:
+    with pytest.raises(SystemExit, match="expected cpu on a machine without a CUDA device, got cuda"):
+        run.main(["--device", "cuda", "--quick"])
 
 
 def test_a_case_that_is_listed_twice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

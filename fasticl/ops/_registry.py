@@ -1,14 +1,17 @@
 """Registration of the ops with PyTorch's dispatcher, and what every op's checks share.
 
 ``torch.library.Library`` is used instead of ``@custom_op``: a call costs about 2 us instead of 10 to 15. The reference
-is registered for every device (CompositeExplicitAutograd), C++ kernels for CPU, GPU kernels for CUDA. The ops are for
+is registered for every device (CompositeExplicitAutograd), C++ kernels for CPU, Triton's for CUDA. The ops are for
 inference: a call that needs gradients goes through the reference, which autograd differentiates.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
+import warnings
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,7 +20,10 @@ from fasticl import _C
 
 LIBRARY = torch.library.Library("fasticl", "DEF")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/cpu.h
+MIN_CAPABILITY = (8, 0)  # of a card that runs the Triton kernels: bfloat16 and asynchronous copies
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}  # as in csrc/cpu.h
+
+REFERENCE = "reference (PyTorch)"
 
 _implementations: dict[str, dict[str, str]] = {}
 
@@ -29,32 +35,80 @@ def define(
     fake: Callable[..., Tensor],
     cpu: Callable[..., Tensor] | None = None,
     cpu_name: str = "C++",
+    triton: bool = False,
     cuda: Callable[..., Tensor] | None = None,
-    cuda_name: str = "Triton",
+    cuda_name: str = "",
 ) -> None:
-    """Defines ``fasticl::<schema>`` with its implementations; all take the arguments of the schema, in its order."""
+    """Defines ``fasticl::<schema>`` with its implementations; all take the arguments of the schema, in its order.
+
+    ``triton``: whether ``fasticl.kernels.<op>.launch`` computes on CUDA tensors; ``cuda`` does instead if given, and
+    calls :func:`by_triton` itself for what it does not take.
+    """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fasticl::{name}", fake, lib=LIBRARY)
     if cpu is not None:
         LIBRARY.impl(name, cpu, "CPU")
-    if cuda is not None:
-        LIBRARY.impl(name, cuda, "CUDA")
+    if cuda is not None or triton:
+        LIBRARY.impl(name, cuda or by_triton(name, reference), "CUDA")
     _implementations[name] = {
-        "cpu": cpu_name if cpu is not None else "reference (PyTorch)",
-        "cuda": cuda_name if cuda is not None else "reference (PyTorch)",
+        "cpu": cpu_name if cpu is not None else REFERENCE,
+        "cuda": cuda_name if cuda is not None else "Triton" if triton else REFERENCE,
     }
 
 
 def implementations() -> dict[str, dict[str, str]]:
-    """Which implementation each op runs, by device: ``{"bitmap_linear": {"cpu": "C++ (avx512)", "cuda": ...}}``."""
+    """Which implementation each op runs, by device: ``{"bitmap_linear": {"cpu": "C++ (avx512)", "cuda": ...}}``.
+
+    On CUDA, what a card of :data:`MIN_CAPABILITY` runs; an older one runs the reference.
+    """
+
+    def runs(device: str, text: str) -> str:
+        if device == "cpu":
+            return f"{text} ({_C.target()})" if "C++" in text else text
+        return REFERENCE if text == "Triton" and triton_error() is not None else text
+
     return {
-        op: {
-            device: f"{text} ({_C.target()})" if text.startswith("C++") else text for device, text in by_device.items()
-        }
+        op: {device: runs(device, text) for device, text in by_device.items()}
         for op, by_device in _implementations.items()
     }
+
+
+def by_triton(op: str, reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The op on CUDA tensors: its Triton kernel where one runs and takes the dtype, else its reference."""
+
+    def compute(x: Tensor, *rest: object) -> Tensor:
+        if x.dtype not in DTYPES or not runs_triton(x.device):
+            return reference(x, *rest)
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            return importlib.import_module(f"fasticl.kernels.{op}").launch(x, *rest)
+
+    return compute
+
+
+@cache
+def triton_error() -> str | None:
+    """Why Triton does not import, or None."""
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+@cache
+def runs_triton(device: torch.device) -> bool:
+    """Whether Triton kernels run on a CUDA device; warns, once for each device, where they do not."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        why = "its compute capability is {}.{}, the kernels need {}.{}".format(*capability, *MIN_CAPABILITY)
+    elif (error := triton_error()) is not None:
+        why = f"Triton does not import: {error}"
+    else:
+        return True
+    warnings.warn(f"FastICL's ops run their references on {device}, which are slow: {why}", stacklevel=3)
+    return False
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

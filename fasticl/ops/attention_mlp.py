@@ -14,11 +14,12 @@ def attention_mlp(
 ) -> Tensor:
     """``F_b = aᵀ ReLU(W c_b)`` with ``c_b = sum_{i < lengths_b} p_i softmax_i(p_iᵀ A q_b)``, ``p_i = context[b, i]``.
 
-    Each prompt is read once: scores, softmax and sum run over blocks of its columns that stay in the L1 cache.
+    Each prompt is read once: scores, softmax and sum run over blocks of its columns that stay in the L1 cache, or in a
+    GPU's registers.
 
     Args:
         context: ``[B, L, d]``, L at least 1; float32, bfloat16 or float16, any strides (a copy only where the last
-            dimension is strided); float64 runs the reference.
+            dimension is strided); float64, and on CUDA d above 8192, runs the reference.
         query: ``[B, d]``, of ``context``'s dtype, as are the following.
         A: ``[d, d]``, the product W_Kᵀ W_Q of the attention layer.
         W: ``[m, d]``, the product W_O W_V; a pruned neuron is a row that is not there.
@@ -31,7 +32,8 @@ def attention_mlp(
 
     Raises:
         TypeError: dtypes differ, or are not floating-point (lengths: not int64).
-        ValueError: shapes or devices do not fit, L is 0, or a length is out of range.
+        ValueError: shapes or devices do not fit, L is 0, or a length is out of range. On CUDA that would have to wait
+            for the device: there the F of such a prompt is NaN.
     """
     _check(context, query, A, W, a, lengths)
     if registry.needs_grad(context, query, A, W, a):
@@ -111,4 +113,5 @@ registry.define(
     reference=reference,
     fake=_fake,
     cpu=_cpu,
+    triton=True,
 )

@@ -12,7 +12,7 @@ from fasticl.ops import _registry as registry
 
 try:
     from fasticl import _C_cuda
-except ImportError:  # not built: CUDA tensors run the reference
+except ImportError:  # not built: CUDA tensors run the Triton kernel
     _C_cuda = None  # type: ignore[assignment]
 
 CUDA_TOKENS = 256  # beyond, the weight is decoded so often that unpacking it once for torch's matmul is taken instead
@@ -22,8 +22,7 @@ def bitmap_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, a
     """``y = act(x @ dense(weight).T + bias)``, reading only a bit per position and the stored values.
 
     Args:
-        x: ``[..., K]``, float32, bfloat16 or float16, any strides; float64 runs the reference, and on CUDA so
-            do float32 and more than 256 tokens.
+        x: ``[..., K]``, float32, bfloat16 or float16, any strides; float64 runs the reference.
         weight: ``[N, K]`` from :func:`fasticl.pack` in format ``"bitmap"`` (or ``"sliced"`` or ``"nm"``, whose portable
             form is the same), of ``x``'s dtype.
         bias: ``[N]`` of ``x``'s dtype, or None.
@@ -34,7 +33,7 @@ def bitmap_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, a
 
     Where a weight is not stored, a few tokens (at most 8, 4 without AVX-512, and fewer the sparser the weight) are
     multiplied by zero, more are not: an infinite or NaN x there gives NaN, as in the dense product, or nothing. On CUDA
-    all are multiplied by zero.
+    it always gives NaN.
 
     Raises:
         TypeError: ``x`` or ``bias`` is not of the weight's dtype, or ``weight`` is no PackedWeight.
@@ -86,9 +85,11 @@ def cuda(
     x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, bias: Tensor | None, activation: str | None,
     lanes: list[Tensor] | None = None, plan: list[int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """``lanes`` and ``plan`` are those of :class:`fasticl.lane_stream.LaneStream`; without them the reference runs."""
+    """``lanes`` and ``plan`` are those of :class:`fasticl.lane_stream.LaneStream`; without them Triton's kernel runs."""
+    if lanes is None or plan is None:
+        return _triton(x, values, bitmask, row_offsets, bias, activation)
     x2, M, stride = registry.rows(x)
-    if lanes is None or plan is None or M > CUDA_TOKENS:
+    if M > CUDA_TOKENS:
         return reference(x, values, bitmask, row_offsets, bias, activation)
     if x.dtype not in lane_stream.DTYPES:
         raise TypeError(f"bitmap_linear: x: expected dtype bfloat16 or float16 with lane streams, got {x.dtype}")
@@ -109,12 +110,15 @@ def cuda(
     return y
 
 
+_triton = registry.by_triton("bitmap_linear", reference)
+
 registry.define(
     "bitmap_linear(Tensor x, Tensor values, Tensor bitmask, Tensor row_offsets, Tensor? bias, str? activation, "
     "Tensor[]? lanes=None, int[]? plan=None) -> Tensor",
     reference=reference,
     fake=_fake,
     cpu=cpu,
+    triton=True,
     cuda=cuda if _C_cuda is not None else None,
-    cuda_name="CUDA C++",
+    cuda_name="CUDA C++ (bfloat16, float16), else Triton",
 )

@@ -167,4 +167,5 @@ registry.define(
     fake=_fake,
     cpu=_cpu,
     cpu_name="the C++ linears",
+    triton=True,
 )

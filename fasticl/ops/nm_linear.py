@@ -65,4 +65,5 @@ registry.define(
     reference=reference,
     fake=_fake,
     cpu=cpu,
+    triton=True,
 )

@@ -85,4 +85,5 @@ registry.define(
     reference=reference,
     fake=_fake,
     cpu=cpu,
+    triton=True,
 )

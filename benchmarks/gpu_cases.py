@@ -1,0 +1,80 @@
+"""What is measured on a GPU: the ceilings of the device, then every op at shapes of real models and of the paper."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from bench_attention_mlp import attention_case
+from bench_fused_mlp import mlp_case
+from common import Case, Contender, Truth, generator
+from linear import bytes_of, linear_case, rotated
+
+import fasticl
+
+# (N, K): attention and MLP of Llama-3-8B, MLP of Llama-3.2-1B and of GPT-2
+SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 2048), (3072, 768))
+BATCHES = (1, 8, 32, 256)
+KEPT = {
+    "bitmap_linear": [(sparsity, "unstructured") for sparsity in (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)],
+    "sliced_linear": [(sparsity, "unstructured") for sparsity in (0.7, 0.8, 0.9, 0.95)],
+    "nm_linear": [(0.5, pattern) for pattern in ("2:4", "4:8", "8:16")],
+}
+HEADLINE_KEPT = {"bitmap_linear": (0.5, 0.8), "sliced_linear": (0.8, 0.9), "nm_linear": (0.5,)}
+MLPS = ((14336, 4096, "silu", True), (8192, 2048, "silu", True), (3072, 768, "gelu_tanh", False))
+# B prompts, L columns, width d, m neurons
+PROMPTS = (
+    (1024, 512, 64, 256),
+    (4096, 512, 64, 256),
+    (1024, 512, 256, 256),
+    (1024, 512, 1024, 1024),
+    (1024, 20, 60, 64),
+    (1, 4096, 64, 256),
+)
+READ_BYTES = 1 << 30
+MATMUL = 8192
+
+
+def read_only() -> Contender:
+    """The largest of random numbers that do not fit in the L2 cache."""
+    data = torch.randn(READ_BYTES // 4, generator=generator(1)).cuda()
+    truth = Truth(data.amax().double(), 0.0)
+    return Contender("read_only", [lambda: data.amax()], truth, bytes_of(data), 0, pattern="none")
+
+
+def copy() -> Contender:
+    data = torch.randn(READ_BYTES // 8, generator=generator(2)).cuda()
+    target = torch.empty_like(data)
+    truth = Truth(data.double(), 0.0)
+    return Contender("copy", [lambda: target.copy_(data)], truth, 2 * bytes_of(data), 0, pattern="none")
+
+
+def matmul() -> Contender:
+    a, b = (torch.randn(MATMUL, MATMUL, generator=generator(i)).cuda().bfloat16() for i in (3, 4))
+    calls = rotated(partial(torch.mm, a), b, bytes_of(b), "hot")
+    return Contender("matmul", calls, Truth.of(torch.mm, a, b), 3 * bytes_of(a), 2 * MATMUL**3, pattern="none")
+
+
+def cases(quick: bool) -> list[Case]:
+    """Ceilings first; with ``quick`` the smallest set that answers whether an op meets its goal."""
+    found = [
+        Case("bandwidth", "float32", "read", 1, lambda: [read_only()], "cold", "headline"),
+        Case("bandwidth", "float32", "copy", 1, lambda: [copy()], "cold", "headline"),
+        Case("bandwidth", "bfloat16", "matmul", MATMUL, lambda: [matmul()], "hot", "headline"),
+    ]
+    for op, kept in KEPT.items():
+        for N, K in SHAPES:
+            for batch in BATCHES:
+                headline = (N, K) == (4096, 14336) and batch <= 8
+                wanted = [k for k in kept if not quick or k[0] in HEADLINE_KEPT[op]]
+                tier = "headline" if headline else "sweep"
+                function = getattr(fasticl.ops, op)
+                found.append(linear_case(op, function, N, K, batch, "bfloat16", wanted, cache="cold", tier=tier))
+    for mlp in MLPS:
+        for batch in BATCHES:
+            tier = "headline" if mlp[0] == 14336 and batch == 1 else "sweep"
+            found.append(mlp_case(*mlp, batch, "bfloat16", (0.5,) if quick else (0.3, 0.5, 0.8), tier))
+    for shape in PROMPTS:
+        tier = "headline" if shape[0] >= 1024 and shape[1] == 512 else "sweep"
+        found.append(attention_case(shape, "bfloat16", tier, compiled=not quick))
+    return found

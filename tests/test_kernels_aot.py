@@ -1,0 +1,124 @@
+"""The Triton kernels compiled for sm_80 and sm_90, as their launches launch them: no spills, the instructions meant."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("kernels are interpreted in this process", allow_module_level=True)
+
+from fasticl.kernels import attention_mlp, bitmap_linear, fused_mlp, nm_linear, sliced_linear
+from fasticl.testing.aot import Binary, compiling
+
+F32, BF16 = torch.float32, torch.bfloat16
+archs = pytest.mark.parametrize("arch", [80, 90], ids=["sm_80", "sm_90"])
+TENSOR_CORES = {80: "HMMA", 90: "HGMMA"}
+
+
+def compiled(arch: int, launch, *arguments) -> dict[str, Binary]:
+    """Of each kernel that was launched its binary, free of spills."""
+    with compiling(arch) as binaries:
+        launch(*arguments)
+    for binary in binaries:
+        binary.check()
+    return {binary.kernel: binary for binary in binaries}
+
+
+@archs
+@pytest.mark.parametrize(
+    ("dtype", "shape", "kernels"),
+    [
+        (BF16, (2048, 512, 64, 256), 1),
+        (F32, (2048, 512, 64, 256), 1),
+        (BF16, (2048, 512, 1024, 256), 3),
+        (torch.float16, (3, 4096, 60, 200), 3),
+        (BF16, (2048, 512, 61, 40), 1),
+        (F32, (2048, 512, 1024, 256), 3),
+    ],
+    ids=str,
+)
+def test_attention_mlp(arch: int, dtype: torch.dtype, shape: tuple[int, int, int, int], kernels: int) -> None:
+    B, L, d, m = shape
+    tensors = [torch.empty(size, dtype=dtype, device="meta") for size in ((B, L, d), (B, d), (d, d), (m, d), (m,))]
+    found = compiled(arch, attention_mlp.launch, *tensors, None)
+    assert len(found) == kernels
+    if d != 61:  # a prompt's rows are copied ahead of their use, in words as wide as their alignment
+        width = r"\.128" if d % 8 == 0 else ""
+        assert len(re.findall(rf"\bLDGSTS\S*{width}\b", found["attention_kernel"].sass)) >= 3
+    if kernels == 3 and dtype == BF16:
+        assert found["key_kernel"].count(TENSOR_CORES[arch])
+        assert found["readout_kernel"].count("HMMA")  # of fewer rows than HGMMA multiplies
+
+
+def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@archs
+@pytest.mark.parametrize(
+    ("dtype", "M"),
+    [(F32, 1), (F32, 64), (BF16, 1), (BF16, 8), (BF16, 64)],
+)
+@pytest.mark.parametrize("format", ["bitmap", "nm"])
+def test_packed_linears(arch: int, format: str, dtype: torch.dtype, M: int) -> None:
+    N = K = 4096
+    x, values, bias = empty(M, K, dtype=dtype), empty(N * K // 2, dtype=dtype), empty(N, dtype=dtype)
+    mask, offsets = empty(N, K // 8, dtype=torch.uint8), empty(N + 1, dtype=torch.int64)
+    if format == "nm":
+        found = compiled(arch, nm_linear.launch, x, values, mask, bias, "gelu")["packed_kernel"]
+    else:
+        found = compiled(arch, bitmap_linear.launch, x, values, mask, offsets, bias, "gelu")["packed_kernel"]
+    assert found.count("POPC")
+    if dtype == BF16:
+        if M > 1:
+            assert found.count("HMMA" if M == 8 else TENSOR_CORES[arch])
+        if format == "nm":  # eight words of a group are permuted from four, which one load brings
+            assert found.count("PRMT") >= 8
+            assert re.search(r"\bLDG(STS)?\S*\.128\b", found.sass)
+
+
+@archs
+@pytest.mark.parametrize("M", [1, 8])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_sliced_linear(arch: int, dtype: torch.dtype, M: int) -> None:
+    N = K = 4096
+    values, mask, offsets = empty(9, dtype=dtype), empty(N, K // 8, dtype=torch.uint8), empty(N + 1, dtype=torch.int64)
+    steps, slices = empty(9, 20, dtype=torch.uint8), empty(N // 16 + 1, 2, dtype=torch.int64)
+    order = empty(N, dtype=torch.int32)
+    x = empty(M, K, dtype=dtype)
+    found = compiled(arch, sliced_linear.launch, x, values, mask, offsets, values, steps, slices, order, None, "silu")
+    assert list(found) == ["sliced_kernel"]
+    assert found["sliced_kernel"].count("POPC")
+
+
+@archs
+@pytest.mark.parametrize(("dtype", "M"), [(F32, 1), (F32, 64), (BF16, 1), (BF16, 64)])
+def test_fused_mlp(arch: int, dtype: torch.dtype, M: int) -> None:
+    """Two gated layers of a decoder: in one pass for one token, else the hidden activations are written."""
+    H, K = 8192, 2048
+    up, down = [empty(H, K, dtype=dtype)], [empty(K, H, dtype=dtype)]
+    found = compiled(arch, fused_mlp.launch, empty(M, K, dtype=dtype), up, down, up, None, None, None, "silu")
+    assert list(found) == (["mlp_kernel", "sum_kernel"] if M == 1 else ["hidden_kernel"])
+    first = next(iter(found.values()))
+    assert first.count("LDGSTS")
+    if dtype == BF16:
+        assert first.count(TENSOR_CORES[arch] if M == 64 else "HMMA")
+
+
+def test_sizes_of_one_compile() -> None:
+    """Triton makes arguments of value one constants, whose types differ from those of tensors."""
+    x, weight, mask = empty(1, 1, dtype=F32), empty(1, 1, dtype=F32), empty(1, 1, dtype=torch.uint8)
+    offsets, lengths = empty(2, dtype=torch.int64), empty(1, dtype=torch.int64)
+    steps, slices, order = empty(4, 20, dtype=torch.uint8), empty(2, 2, dtype=torch.int64), empty(16, dtype=torch.int32)
+    vector = empty(1, dtype=F32)
+    compiled(80, attention_mlp.launch, x[None], x, weight, weight, vector, lengths)
+    compiled(80, attention_mlp.launch, x[None], x, weight, weight, vector, None)
+    compiled(80, bitmap_linear.launch, x, vector, mask, offsets, vector, None)
+    compiled(80, nm_linear.launch, x.expand(2, 1), vector, mask, None, "relu")
+    compiled(80, sliced_linear.launch, x, vector, mask, offsets, vector, steps, slices, order, vector, None)
+    compiled(80, fused_mlp.launch, x, [weight], [weight], None, vector, None, None, None)
