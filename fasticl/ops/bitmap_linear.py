@@ -85,7 +85,7 @@ def cuda(
     x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, bias: Tensor | None, activation: str | None,
     lanes: list[Tensor] | None = None, plan: list[int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """``lanes`` and ``plan`` are those of :class:`fasticl.lane_stream.LaneStream`; without them Triton's kernel runs."""
+    """``lanes`` and ``plan`` are those of :class:`fasticl.lane_stream.LaneStream`; without them Triton computes."""
     if lanes is None or plan is None:
         return _triton(x, values, bitmask, row_offsets, bias, activation)
     x2, M, stride = registry.rows(x)
