@@ -138,9 +138,9 @@ def test_empty_sizes(op: Op) -> None:
         assert launch(op, torch.randn(*batch, K), packed, bias, "relu").shape == (*batch, 5)
 
 
-@dtypes
 @ops
-def test_batch_dimensions_strides_and_alignment(op: Op, dtype: torch.dtype) -> None:
+def test_batch_dimensions_strides_and_alignment(op: Op) -> None:
+    dtype = torch.bfloat16
     weight, bias = op.weight(19, 50, dtype=dtype), torch.randn(19).to(dtype)
     packed, K = op.pack(weight), weight.shape[1]
     x = torch.randn(2, 3, K).to(dtype)
