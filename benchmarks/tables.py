@@ -201,7 +201,8 @@ def paper_table(path: Path = PAPER) -> str:
     source = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
     return (
         f"{text}\n\nClaims held: reproduced + in trend. From `{source}`: {found['seeds']} seeds, "
-        f"{found['seconds'] / 60:.0f} minutes, torch {found['torch']}, fasticl {found['fasticl']}, {found['cpu']}."
+        f"{found['job_seconds'] / 60:.0f} core-minutes, torch {found['torch']}, fasticl {found['fasticl']}, "
+        f"{found['cpu']}."
     )
 
 

@@ -276,7 +276,7 @@ def convert(
     import fasticl
     from fasticl import checkpoint
     from fasticl.convert import SKIP, TOKENS, table
-    from fasticl.demo.stages import Stages
+    from fasticl.stages import Stages
 
     _set_threads(threads)
     with _reported(), Stages(Console(stderr=True)) as stages:
@@ -323,7 +323,7 @@ def prune(
     """Set the least important weights of a model folder to zero, and save it; convert then makes it faster."""
     import fasticl
     from fasticl import checkpoint, evaluate
-    from fasticl.demo.stages import Stages
+    from fasticl.stages import Stages
 
     if method != Method.magnitude and calibration is None:
         raise typer.BadParameter(f"expected a text file with {method.value}", param_hint="--calibration")
@@ -414,7 +414,7 @@ def icl(
 ) -> None:
     """Few-shot accuracy on FastICL's own tasks, with 95 % intervals: what the model learns from its context."""
     from fasticl import evaluate
-    from fasticl.demo.stages import Stages
+    from fasticl.stages import Stages
 
     known = evaluate.task_names()
     names = task or known

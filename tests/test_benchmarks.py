@@ -467,12 +467,12 @@ def test_paper_table(tmp_path: Path) -> None:
         {"what": "error", "paper": "0.1", "ours": "0.01", "verdict": "in trend"},
         {"what": "gap", "paper": "2", "ours": "1", "verdict": "not reproduced"},
     ]
-    found = {"figures": {"alpha": claims}, "quick": False, "failures": [], "seeds": 5, "seconds": 1260.0}
+    found = {"figures": {"alpha": claims}, "quick": False, "failures": [], "seeds": 5, "job_seconds": 1260.0}
     file = tmp_path / "results.json"
     file.write_text(json.dumps({**found, "torch": "2.0", "fasticl": "0.1", "cpu": "A CPU"}))
     text = tables.paper_table(file)
     assert "| `alpha` | error falls | yes | by 0.1 | reproduced | 1 + 1 of 3 |" in text
-    assert text.endswith("From `results.json`: 5 seeds, 21 minutes, torch 2.0, fasticl 0.1, A CPU.")
+    assert text.endswith("From `results.json`: 5 seeds, 21 core-minutes, torch 2.0, fasticl 0.1, A CPU.")
     for broken in ({"quick": True}, {"failures": ["alpha: no figure"]}):
         file.write_text(json.dumps({**found, **broken}))
         with pytest.raises(ValueError, match="expected a full run without failures"):
