@@ -148,10 +148,12 @@ def reproduce(
     if as_json:
         _print_json(results)
     else:
+        verdicts = ("reproduced", "in trend", "not reproduced")
+        rows = []
         for name, claims in results["figures"].items():
-            fields = ("what", "paper", "ours", "verdict")
-            rows = [tuple(claim[field] for field in fields) for claim in claims]
-            Console().print(_table(name, ("claim", "paper", "ours (95 % interval)", "verdict"), rows))
+            found = [claim["verdict"] for claim in claims]
+            rows.append((name, *(str(found.count(verdict)) for verdict in verdicts)))
+        Console().print(_table("claims of the paper, by figure", ("figure", *verdicts), rows))
         Console().print(f"report: {out / 'report.html'}", soft_wrap=True, highlight=False)
     for failure in results["failures"]:
         _error(failure)

@@ -314,13 +314,23 @@ def test_the_op_refuses_by_name(op: Callable[..., Tensor]) -> None:
         op(torch.randn(1, 140).bfloat16(), *portable, None, None, lanes.tensors, lanes.plan)
 
 
-def test_the_op_runs_the_reference_where_no_kernel_fits(op: Callable[..., Tensor]) -> None:
+def test_the_op_leaves_to_others_what_the_kernel_does_not_take(
+    op: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too many tokens to the reference, weights without the layout to Triton."""
     packed = fasticl.pack(pruned(20, 70, 0.5), "bitmap")
     portable = (packed.values, packed.bitmask, packed.row_offsets)
     x, lanes = torch.randn(257, 70).bfloat16(), to_lanes(packed)
     expected = fasticl.ops.bitmap_linear(x, packed)
-    for arguments in ((None, None), (lanes.tensors, lanes.plan)):
-        torch.testing.assert_close(op(x, *portable, None, None, *arguments), expected)
+    torch.testing.assert_close(op(x, *portable, None, None, lanes.tensors, lanes.plan), expected)
+    seen: list[object] = []
+    monkeypatch.setattr(
+        importlib.import_module("fasticl.ops.bitmap_linear"),
+        "_triton",
+        lambda *arguments: seen.extend(arguments) or expected,
+    )
+    assert op(x, *portable, None, None) is expected
+    assert all(a is b for a, b in zip(seen, (x, *portable, None, None), strict=True))
 
 
 def test_the_schema_takes_the_layout() -> None:

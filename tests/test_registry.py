@@ -67,13 +67,14 @@ def test_what_is_said_is_what_is_registered(op: str, monkeypatch: pytest.MonkeyP
     with_card(monkeypatch, (9, 0))
     says = fasticl.implementations()[op]["cuda"]
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"fasticl::{op}", "CUDA")
-    assert (says == "Triton") == has_kernel
+    assert (says != registry.REFERENCE) == has_kernel
 
 
 def test_without_triton_nothing_else_is_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
     without_triton(monkeypatch)
     for op, found in doctor.diagnose()["implementations"].items():
-        assert found["cuda"]["runs"] == registry.REFERENCE, op
+        assert found["cuda"]["runs"].endswith(registry.REFERENCE), op
+        assert "Triton" not in found["cuda"]["runs"], op
         assert found["cuda"]["why"].startswith("Triton does not import"), op
 
 

@@ -67,7 +67,7 @@ def implementations() -> dict[str, dict[str, str]]:
     def runs(device: str, text: str) -> str:
         if device == "cpu":
             return f"{text} ({_C.target()})" if "C++" in text else text
-        return REFERENCE if text == "Triton" and triton_error() is not None else text
+        return text.replace("Triton", REFERENCE) if triton_error() is not None else text
 
     return {
         op: {device: runs(device, text) for device, text in by_device.items()}

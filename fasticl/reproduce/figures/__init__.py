@@ -27,25 +27,29 @@ class Spec:
     then: Callable[[Plan, Results], list[Job]] = lambda plan, results: []  # after those, from their results
 
 
+def _confirm(plan: Plan, results: Results) -> list[Job]:
+    return plan.confirm(results)
+
+
 SPECS = {
     spec.name: spec
     for spec in (
         Spec("contexts", lambda plan: [*plan.one_layer(), *plan.gpt2(), *plan.gpt2(plan.kappas[1])], contexts),
-        Spec("alpha", Plan.one_layer, alpha),
+        Spec("alpha", lambda plan: plan.one_layer(), alpha),
         Spec(
             "baselines",
             lambda plan: [job for kappa in plan.kappas for job in plan.baselines(kappa)],
             baselines,
         ),
-        Spec("attention", Plan.one_layer, attention),
-        Spec("norms", Plan.one_layer, norms),
-        Spec("neurons", Plan.one_layer, neurons),
-        Spec("pruning", lambda plan: plan.one_layer() + plan.search(), pruning, Plan.confirm),
-        Spec("pruning-alpha", lambda plan: plan.one_layer() + plan.search(), pruning_alpha, Plan.confirm),
-        Spec("gpt2-3layer", Plan.gpt2, gpt2_3layer),
-        Spec("width", Plan.all_theorem, width),
-        Spec("search", Plan.search, search, Plan.confirm),
-        Spec("language-model", Plan.language_model, language_model),
-        Spec("time", Plan.time, time),
+        Spec("attention", lambda plan: plan.one_layer(), attention),
+        Spec("norms", lambda plan: plan.one_layer(), norms),
+        Spec("neurons", lambda plan: plan.one_layer(), neurons),
+        Spec("pruning", lambda plan: plan.one_layer() + plan.search(), pruning, _confirm),
+        Spec("pruning-alpha", lambda plan: plan.one_layer() + plan.search(), pruning_alpha, _confirm),
+        Spec("gpt2-3layer", lambda plan: plan.gpt2(), gpt2_3layer),
+        Spec("width", lambda plan: plan.all_theorem(), width),
+        Spec("search", lambda plan: plan.search(), search, _confirm),
+        Spec("language-model", lambda plan: plan.language_model(), language_model),
+        Spec("time", lambda plan: plan.time(), time),
     )
 }

@@ -45,10 +45,9 @@ def pruning(plan: Plan, results: Results) -> Figure:
     ]
     paper = {"W_O W_V": {0.0: 0.007, 0.16: 0.0062, 0.4: 0.030}, "random": {0.4: 0.045}}
     curves = [*hinge, *zero_one, sorted_norms]
-    claims = _pruning_claims("recipe", found, "alpha", paper)
+    claims = _pruning_claims("recipe", found, paper)
     confirmed = results.confirmed(plan)
     if confirmed:
-        where = {"domain": "out_of_domain"}
         panels += [
             Panel("found by the search, 0/1", "neurons pruned", "OOD 0/1 error", log_y=True),
             Panel("found by the search, hinge", "neurons pruned", "OOD hinge error"),
@@ -59,7 +58,7 @@ def pruning(plan: Plan, results: Results) -> Figure:
             ]
         curves.append(authors(3, "authors, magnitude", list(paper["W_O W_V"].items())))
         curves.append(authors(3, "authors, random", list(paper["random"].items())))
-        claims += _pruning_claims("found by the search", confirmed, None, paper)
+        claims += _pruning_claims("found by the search", confirmed, paper)
     return Figure(
         "pruning",
         "Error over the pruning rate: magnitude against random",
@@ -76,9 +75,9 @@ def pruning(plan: Plan, results: Results) -> Figure:
 
 
 def _pruning_claims(
-    name: str, found: Sequence[Mapping[str, Any]], alpha_key: str | None, paper: Mapping[str, Mapping[float, float]]
+    name: str, found: Sequence[Mapping[str, Any]], paper: Mapping[str, Mapping[float, float]]
 ) -> list[Claim]:
-    where: dict[str, Any] = {"domain": "out_of_domain", **({} if alpha_key is None else {alpha_key: 0.6})}
+    where: dict[str, Any] = {"domain": "out_of_domain", "alpha": 0.6}
 
     def difference(score: str, first: tuple[str, float], second: tuple[str, float]) -> Estimate:
         return Estimate.of(
@@ -284,7 +283,7 @@ def width(plan: Plan, results: Results) -> Figure:
             Curve(1, "over M1", cost["M1"]),
             Curve(1, "over M2", cost["M2"]),
             Curve(2, "all models", list(at_R.items())),
-            authors(2, "fitted line", [(x / 20, max(fit.intercept + fit.slope * x / 20, 0)) for x in range(2, 13)]),
+            Curve(2, "fitted line", [(x, Estimate.of([fit.intercept + fit.slope * x])) for x in (0.1, 0.3, 0.6)]),
         ],
         claims,
         settings_of(plan.theorem(m=plan.widths[0])),
