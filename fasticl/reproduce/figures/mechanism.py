@@ -30,8 +30,8 @@ def attention(plan: Plan, results: Results) -> Figure:
         r["trace"][-1]["attention"]["out_of_domain"] - r["trace"][0]["attention"]["out_of_domain"] for r in found
     ).positive
     claims = [
-        value_claim("attention on same-pattern contexts, at the start", 0.42, first, factor=1.15),
-        value_claim("the same, after training", 1.0, last, factor=1.15, trend=grows),
+        value_claim("attention on same-pattern contexts, after training", 1.0, last, factor=1.15, trend=grows),
+        value_claim("the same, at the start", 0.42, first, factor=1.15),
     ]
     steps = curves[1].points[-1][0]
     return Figure(
@@ -68,10 +68,6 @@ def norms(plan: Plan, results: Results) -> Figure:
         r["trace"][-1]["projections"]["query_relevant"] / r["trace"][0]["projections"]["query_relevant"] for r in found
     )
     claims = [
-        value_claim("projections at the start", 0.4, curves[0].points[0][1], factor=1.25),
-        value_claim("||W_Q p_query|| after training", 1.75, final["query"], factor=1.5, trend=grows),
-        value_claim("its relevant part", 1.45, final["query_relevant"], factor=1.5, trend=grows),
-        value_claim("||W_K p_i|| after training", 1.75, final["key"], factor=1.5, trend=grows),
         trend_claim(
             "what grows is the relevant part",
             "1.45 of 1.75",
@@ -79,6 +75,10 @@ def norms(plan: Plan, results: Results) -> Figure:
             relevant.mean > 2 * irrelevant.mean,
             "the relevant part grows by more than twice the factor of the rest",
         ),
+        value_claim("projections at the start", 0.4, curves[0].points[0][1], factor=1.25),
+        value_claim("||W_Q p_query|| after training", 1.75, final["query"], factor=1.5, trend=grows),
+        value_claim("its relevant part", 1.45, final["query_relevant"], factor=1.5, trend=grows),
+        value_claim("||W_K p_i|| after training", 1.75, final["key"], factor=1.5, trend=grows),
     ]
     steps = curves[0].points[-1][0]
     return Figure(
@@ -110,6 +110,13 @@ def neurons(plan: Plan, results: Results) -> Figure:
     first = {line.name + str(line.panel): line.points[0][1] for line in curves}
     turns = final["large neurons, feature1"].mean < first["large neurons, feature1"].mean / 2
     claims = [
+        trend_claim(
+            "label parts of large neurons align with sign(a) q",
+            "theory",
+            f"angle {final['large neurons, label1']}",
+            final["large neurons, label1"].mean < 0.2,
+            "mean angle below 0.2 rad",
+        ),
         value_claim("feature part at the start", 0.02, first["large neurons, feature0"], factor=1.5),
         value_claim("feature part of large neurons", 0.45, final["large neurons, feature0"], factor=1.5, trend=True),
         value_claim("label part of large neurons", 1.2, final["large neurons, label0"], factor=1.5, trend=True),
@@ -119,13 +126,6 @@ def neurons(plan: Plan, results: Results) -> Figure:
             final["large neurons, feature1"],
             factor=1.5,
             trend=turns,
-        ),
-        trend_claim(
-            "label parts of large neurons align with sign(a) q",
-            "theory",
-            f"angle {final['large neurons, label1']}",
-            final["large neurons, label1"].mean < 0.2,
-            "mean angle below 0.2 rad",
         ),
         trend_claim(
             "the other neurons stay near their initialisation",
@@ -170,12 +170,15 @@ def gpt2_3layer(plan: Plan, results: Results) -> Figure:
     claims = []
     for layer, (line, value) in enumerate(zip(layers, paper, strict=True)):
         grows = Estimate.of(r["trace"][-1][1]["attention"][layer] - r["trace"][0][1]["attention"][layer] for r in found)
-        claims.append(value_claim(f"layer {layer + 1}: at the start", 0.475, line.points[0][1], factor=1.25))
         claims.append(
             value_claim(
                 f"layer {layer + 1}: after training", value, line.points[-1][1], factor=1.15, trend=grows.positive
             )
         )
+    claims += [
+        value_claim(f"layer {layer + 1}: at the start", 0.475, line.points[0][1], factor=1.25)
+        for layer, line in enumerate(layers)
+    ]
     last = layers[0].points[-1][0]
     return Figure(
         "gpt2-3layer",

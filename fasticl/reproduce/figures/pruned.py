@@ -90,7 +90,19 @@ def _pruning_claims(
     gap = Estimate.of(r["gap"] for r in found)
     free = difference("hinge", ("W_O W_V", 0.16), ("W_O W_V", 0.0))
     rise = difference("zero_one", ("W_O W_V", 0.4), ("W_O W_V", 0.0))
-    claims = [
+    claims = []
+    for score, label in (("hinge", "hinge"), ("zero_one", "0/1")):
+        more = difference(score, ("random", 0.4), ("W_O W_V", 0.4))
+        claims.append(
+            trend_claim(
+                f"{name}: random order costs more than magnitude at 40 % ({label})",
+                "0.045 against 0.030",
+                f"by {more}",
+                more.positive,
+                "the difference's interval above 0",
+            )
+        )
+    claims += [
         value_claim(f"{name}: share of small neurons", 0.17, small, factor=1.5),
         trend_claim(
             f"{name}: small and large are apart",
@@ -114,17 +126,6 @@ def _pruning_claims(
             "by 0.002 to 0.2, interval above 0",
         ),
     ]
-    for score, label in (("hinge", "hinge"), ("zero_one", "0/1")):
-        more = difference(score, ("random", 0.4), ("W_O W_V", 0.4))
-        claims.append(
-            trend_claim(
-                f"{name}: random order costs more than magnitude at 40 % ({label})",
-                "0.045 against 0.030",
-                f"by {more}",
-                more.positive,
-                "the difference's interval above 0",
-            )
-        )
     for by, values in paper.items():
         for rate, value in values.items():
             ours = Estimate.of(pick(r, "pruning", order=by, rate=rate, **where) for r in found)
