@@ -27,7 +27,7 @@ def write_csv(figure: Figure, path: Path) -> None:
 
 
 def write_png(figure: Figure, path: Path) -> None:
-    """Panels two or three to a row; bands are 95 % intervals, cut off beyond the means; crosses are the authors' values."""
+    """Panels two or three to a row; bands are 95 % intervals, cut off beyond the means; crosses the authors' values."""
     columns = 2 if len(figure.panels) in (2, 4) else min(len(figure.panels), 3)
     drawing, panels = axes(len(figure.panels), width=max(4.2 * columns, 5.6), height=3.4, per_row=columns)
     for number, (panel, described) in enumerate(zip(panels, figure.panels, strict=True)):
