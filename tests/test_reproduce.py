@@ -258,6 +258,7 @@ def test_every_figure_is_made_and_nothing_twice(tmp_path: Path, monkeypatch: pyt
         assert all(math.isfinite(float(row["mean"])) for row in rows)
     assert json.loads((settings.out / "results.json").read_text())["figures"] == found["figures"]
 
+    assert {path.suffix for path in (settings.out / "jobs").iterdir()} == {".json"}  # no checkpoint is left
     jobs = {path: path.stat().st_mtime_ns for path in (settings.out / "jobs").glob("*.json")}
     again = reproduce.run(settings, Console(quiet=True))
     assert again["figures"] == found["figures"]

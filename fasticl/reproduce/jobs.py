@@ -208,6 +208,7 @@ def gpt2(
         attention = attention_by_layer(model, data, n=500, patterns=shifted, generator=_generator(seed + 3))
         return {"attention": attention, "zero_one": errors}
 
+    file = None if checkpoint is None else Path(checkpoint) / f"gpt2-{seed}-{steps}-{kappa}-{lr}.pt"
     training = train(
         model,
         data,
@@ -219,7 +220,7 @@ def gpt2(
         generator=generator,
         measure=look,
         measure_every=max(steps // 20, 1),
-        checkpoint=None if checkpoint is None else Path(checkpoint) / f"gpt2-{seed}-{steps}-{kappa}-{lr}.pt",
+        checkpoint=file,
     )
     errors = [
         {
@@ -231,6 +232,8 @@ def gpt2(
         for length in lengths
     ]
     unseen = _errors(evaluate(model, data, n=n, attention=False, generator=generator))
+    if file is not None:
+        file.unlink()  # the result says it all, and other code must not go on from here
     return {"at_chance": training.at_chance, "trace": training.measurements, "errors": errors, "in_domain": unseen}
 
 

@@ -52,13 +52,3 @@ def html(figures: Sequence[Figure], failures: Sequence[str], summary: Mapping[st
             *(f'<p class="note">{escape(note)}</p>' for note in figure.notes),
         ]
     return page("FastICL: the paper, reproduced", sections)
-
-
-def markdown(figures: Sequence[Figure]) -> str:
-    """The summary as a Markdown table, one line per figure."""
-    lines = ["| figure | reproduced | in trend | not reproduced |", "| --- | ---: | ---: | ---: |"]
-    for figure in figures:
-        counts = Counter(claim.verdict for claim in figure.claims)
-        cells = (str(counts[verdict]) for verdict in ("reproduced", "in trend", "not reproduced"))
-        lines.append(f"| {figure.title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
