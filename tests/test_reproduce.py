@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,10 +190,17 @@ def test_search_ranks_by_distance_to_the_authors() -> None:
         factor = {0: 10.0, 1: 1.0, 2: 3.0, 3: 1.0}[setting] * (1.5 if i % 2 else 0.5)  # seeds that average to factor
         keys = (("W_O W_V", 0.0), ("W_O W_V", 0.16), ("W_O W_V", 0.4), ("random", 0.4))
         rows = [
-            {"order": order, "rate": rate, "alpha": 0.6, "domain": "out_of_domain", "zero_one": error * factor}
+            {
+                "order": order,
+                "rate": rate,
+                "alpha": each.arguments["alpha"],
+                "domain": "out_of_domain",
+                "zero_one": error * factor,
+            }
             for (order, rate), error in zip(keys, tiny.target.values(), strict=True)
         ]
-        outcomes[each] = Outcome(each, 1.0, {"at_chance": i == 7, "pruning": rows})
+        result = {"at_chance": i == 7, "alpha": each.arguments["alpha"], "pruning": rows}
+        outcomes[each] = Outcome(each, 1.0, result)
     ranked = tiny.ranked(Results(outcomes))
     assert [entry.settings["seed"] for entry in ranked] == [1002, 1004, 1000]
     assert [entry.distance for entry in ranked] == pytest.approx([0, math.log10(3), 1])
@@ -226,9 +234,10 @@ class TinyPlan(Plan):
     def theorem(self, *, m: int = 16, M1: int = 6, M2: int = 24) -> list[Job]:
         return self._seeded("theorem", m=m, M1=M1, M2=M2, steps=900, rates=[0.0, 0.2, 0.5], n=50)
 
-    def _regime(self, settings: Any, seed: int, alphas: list[float]) -> Job:
+    def _regime(self, settings: Any, seed: int, alphas: Sequence[float] = ()) -> Job:
         easy = {"m": 32, "xi": 0.1, "kappa": 0.5, "label_noise": 0.0, "tasks_per_pattern": 3, "stop_below": 0.3}
-        sizes = {"alphas": alphas, "rates": [0.0, 0.16, 0.4], "n": 50, "steps": 500}
+        test = {"ood_patterns": 4, "alpha": 0.5, "alphas": [0.5, *alphas]}
+        sizes = {**test, "rates": [0.0, 0.16, 0.4], "n": 50, "steps": 500}
         return Job(f"{plan._JOBS}:regime", {"seed": seed, **easy, **sizes, "device": self.device})
 
     def time(self) -> list[Job]:

@@ -121,21 +121,29 @@ def regime(
     label_noise: float,
     tasks_per_pattern: int,
     stop_below: float,
+    ood_patterns: int,
+    alpha: float,
     alphas: Sequence[float],
     rates: Sequence[float],
     n: int,
     steps: int,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """One point of the search: a model trained until its loss is below ``stop_below``, then pruned in two orders."""
+    """One point of the search: a model trained until its loss is below ``stop_below``, then pruned in two orders.
+
+    Args:
+        ood_patterns: M1', the relevant patterns out of domain.
+        alpha: alpha' of the test prompts that the point stands for, one of ``alphas``.
+    """
     data = ICLData(kappa=kappa, label_noise=label_noise, tasks_per_pattern=tasks_per_pattern, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     model = ICLTransformer(data.d_x, data.d_y, m, xi=xi, generator=generator).to(device)
     training = train(model, data, steps=steps, lr=m / 64, length=LENGTH, stop_below=stop_below, generator=generator)
-    shifted = data.out_of_domain(OOD_PATTERNS, OOD_S1, generator=generator)
+    shifted = data.out_of_domain(ood_patterns, OOD_S1, generator=generator)
     found = clusters(model.neuron_scores("W_O W_V"))
     return {
         "at_chance": training.at_chance,
+        "alpha": alpha,
         "steps": len(training.losses),
         "small_fraction": found.small_fraction,
         "gap": found.gap,

@@ -95,6 +95,8 @@ class Plan:
             "label_noise": (0.0, 0.1),
             "tasks_per_pattern": (1, 3),
             "stop_below": (0.5, 0.3, 0.1, 0.03, 0.0),
+            "ood_patterns": (3, 4),  # M1'; at S1 = 1.2 five orthogonal ones are impossible
+            "alpha": (0.3, 0.4, 0.5, 0.6),  # alpha' of the test prompts
         },
         init=False,
     )
@@ -172,12 +174,12 @@ class Plan:
         """Settings drawn at random from ``ranges``, two seeds each."""
         rng = random.Random(0)
         drawn = [{name: rng.choice(values) for name, values in self.ranges.items()} for _ in range(self.budget)]
-        return [self._regime(settings, 1000 + 2 * i + k, [0.6]) for i, settings in enumerate(drawn) for k in range(2)]
+        return [self._regime(settings, 1000 + 2 * i + k) for i, settings in enumerate(drawn) for k in range(2)]
 
     @property
     def budget(self) -> int:
         """Settings that the search tries."""
-        return 4 if self.quick else 100
+        return 4 if self.quick else 120
 
     def confirm(self, results: Results) -> list[Job]:
         """The best settings of the search on seeds that it did not use; none without a search."""
@@ -187,8 +189,9 @@ class Plan:
         best = {name: ranked[0].settings[name] for name in self.ranges}
         return [self._regime(best, 5000 + seed, [0.6, 0.8, 1.0]) for seed in range(2 * self.seeds)]
 
-    def _regime(self, settings: Mapping[str, float], seed: int, alphas: list[float]) -> Job:
+    def _regime(self, settings: Mapping[str, float], seed: int, alphas: Sequence[float] = ()) -> Job:
         rates = [0.0, 0.05, 0.1, 0.16, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8]
+        alphas = sorted({settings["alpha"], *alphas})
         sizes = {"alphas": alphas, "rates": rates, "n": 1000 if self.quick else 10_000, "steps": 800}
         return Job(f"{_JOBS}:regime", {"seed": seed, **settings, **sizes, "device": self.device})
 
@@ -209,11 +212,11 @@ class Plan:
 
     @staticmethod
     def four_errors(result: Mapping[str, Any]) -> list[float]:
-        """OOD 0/1 errors at alpha' = 0.6 in the order of ``target``."""
+        """OOD 0/1 errors at the setting's alpha' in the order of ``target``."""
         rows = {
             (row["order"], row["rate"]): row["zero_one"]
             for row in result["pruning"]
-            if row["domain"] == "out_of_domain" and row["alpha"] == 0.6
+            if row["domain"] == "out_of_domain" and row["alpha"] == result["alpha"]
         }
         return [rows[key] for key in (("W_O W_V", 0.0), ("W_O W_V", 0.16), ("W_O W_V", 0.4), ("random", 0.4))]
 
