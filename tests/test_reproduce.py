@@ -181,34 +181,44 @@ def test_trainings_that_failed_are_named_and_never_averaged() -> None:
 
 
 def test_search_ranks_by_distance_to_the_authors() -> None:
-    """Settings whose errors are the authors' come first; one with a failed seed is left out."""
+    """Settings whose errors are the authors' come first, a failed seed leaves one out, and more seeds decide."""
     tiny = Plan(seeds=1, quick=True)
-    jobs, outcomes = tiny.search(), {}
+    jobs, outcomes = tiny.search(), dict[Job, Outcome]()
     assert len(jobs) == 2 * tiny.budget
-    for i, each in enumerate(jobs):
-        setting = i // 2
-        factor = {0: 10.0, 1: 1.0, 2: 3.0, 3: 1.0}[setting] * (1.5 if i % 2 else 0.5)  # seeds that average to factor
+
+    def run(job: Job, factor: float, at_chance: bool = False) -> None:
+        """Its errors are the authors' times ``factor``."""
         keys = (("W_O W_V", 0.0), ("W_O W_V", 0.16), ("W_O W_V", 0.4), ("random", 0.4))
+        where = {"alpha": job.arguments["alpha"], "domain": "out_of_domain"}
         rows = [
-            {
-                "order": order,
-                "rate": rate,
-                "alpha": each.arguments["alpha"],
-                "domain": "out_of_domain",
-                "zero_one": error * factor,
-            }
+            {"order": order, "rate": rate, **where, "zero_one": error * factor}
             for (order, rate), error in zip(keys, tiny.target.values(), strict=True)
         ]
-        result = {"at_chance": i == 7, "alpha": each.arguments["alpha"], "pruning": rows}
-        outcomes[each] = Outcome(each, 1.0, result)
+        result = {"at_chance": at_chance, "alpha": job.arguments["alpha"], "pruning": rows}
+        outcomes[job] = Outcome(job, 1.0, result)
+
+    for i, job in enumerate(jobs):
+        factor = (10.0, 1.0, 3.0, 1.0)[i // 2] * (1.5 if i % 2 else 0.5)  # seeds that average to it
+        run(job, factor, at_chance=i == 7)
     ranked = tiny.ranked(Results(outcomes))
     assert [entry.settings["seed"] for entry in ranked] == [1002, 1004, 1000]
     assert [entry.distance for entry in ranked] == pytest.approx([0, math.log10(3), 1])
+    assert tiny.confirm(Results(outcomes)) == []  # the finalists have not run
+
+    def settings(job: Job) -> dict[str, Any]:
+        return {name: job.arguments[name] for name in tiny.ranges}
+
+    finalists = tiny.finalists(Results(outcomes))
+    assert [settings(job) for job in finalists] == [settings(jobs[i]) for i in (2, 2, 4, 4)]
+    for job, factor in zip(finalists, (9.0, 9.0, 0.5, 0.5), strict=True):  # with the two before: 5 and 1.75
+        run(job, factor)
+    ranked = tiny.ranked(Results(outcomes), final=True)
+    assert [entry.settings["seed"] for entry in ranked] == [1004, 1002]
+    assert [entry.distance for entry in ranked] == pytest.approx([math.log10(1.75), math.log10(5)])
     confirm = tiny.confirm(Results(outcomes))
-    assert len(confirm) == 2
-    assert {each.arguments["seed"] for each in confirm}.isdisjoint(each.arguments["seed"] for each in jobs)
-    for each in confirm:
-        assert {name: each.arguments[name] for name in tiny.ranges} == {n: jobs[2].arguments[n] for n in tiny.ranges}
+    assert [settings(job) for job in confirm] == [settings(jobs[4])] * 2
+    seeds = [{job.arguments["seed"] for job in stage} for stage in (jobs, finalists, confirm)]
+    assert len(set.union(*seeds)) == sum(map(len, seeds))
 
 
 # All of it, small

@@ -115,9 +115,13 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
         # The longest first, so that no single one is left at the end.
         together(
             "train and measure",
-            sorted(jobs, key=lambda job: job.function.endswith((":gpt2", ":language_model")), reverse=True),
+            sorted(
+                jobs, key=lambda job: job.function.endswith((":gpt2", ":language_model", ":baselines")), reverse=True
+            ),
         )
-        together("confirm the search", [job for spec in wanted for job in spec.then(plan, results)])
+        if any(spec.searches for spec in wanted):
+            together("search on among the best", plan.finalists(results))
+            together("confirm the search", plan.confirm(results))
         together("time inference", [job for spec in wanted for job in spec.jobs(plan) if job in alone], 1)
         figures: list[Figure] = []
         with stages.stage("write the report"):

@@ -24,11 +24,7 @@ class Spec:
     name: str
     jobs: Callable[[Plan], list[Job]]
     make: Callable[[Plan, Results], Figure]
-    then: Callable[[Plan, Results], list[Job]] = lambda plan, results: []  # after those, from their results
-
-
-def _confirm(plan: Plan, results: Results) -> list[Job]:
-    return plan.confirm(results)
+    searches: bool = False  # it shows what the search found: its finalists and their confirmation follow those jobs
 
 
 SPECS = {
@@ -44,11 +40,11 @@ SPECS = {
         Spec("attention", lambda plan: plan.one_layer(), attention),
         Spec("norms", lambda plan: plan.one_layer(), norms),
         Spec("neurons", lambda plan: plan.one_layer(), neurons),
-        Spec("pruning", lambda plan: plan.one_layer() + plan.search(), pruning, _confirm),
-        Spec("pruning-alpha", lambda plan: plan.one_layer() + plan.search(), pruning_alpha, _confirm),
+        Spec("pruning", lambda plan: plan.one_layer() + plan.search(), pruning, searches=True),
+        Spec("pruning-alpha", lambda plan: plan.one_layer() + plan.search(), pruning_alpha, searches=True),
         Spec("gpt2-3layer", lambda plan: plan.gpt2(), gpt2_3layer),
         Spec("width", lambda plan: plan.all_theorem(), width),
-        Spec("search", lambda plan: plan.search(), search, _confirm),
+        Spec("search", lambda plan: plan.search(), search, searches=True),
         Spec("language-model", lambda plan: plan.language_model(), language_model),
         Spec("time", lambda plan: plan.time(), time),
     )
