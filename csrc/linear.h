@@ -5,12 +5,15 @@
 
 namespace fasticl {
 
-// A weight [N, K] by rows: `values` of the stored elements, row-major, and which columns they belong to.
+// A weight [N, K] by rows: `values` of the stored elements, row-major, and which columns they belong to; where there
+// are scales, row n is scales[n] times its values.
 //   bitmap  row_offsets [N+1] says where a row's values begin; bit k%8 of bitmask[n][k/8] whether column k is stored
 //   N:M     row_offsets is null: every row stores row_values = K * n / m
 //   dense   bitmask is null too: row_values = K
 struct RowWeight {
   const void* values;
+  DType dtype;         // of values
+  const void* scales;  // [N] of the type of x, or null
   const uint8_t* bitmask;
   const int64_t* row_offsets;
   int64_t N, K;
@@ -20,7 +23,8 @@ struct RowWeight {
   int64_t mask_stride() const { return ceil_div(K, 8); }  // bytes
 };
 
-// y[m, n] = act(sum_k x[m, k] * dense(weight)[n, k] + bias[n]), all of one element type; row strides in elements.
+// y[m, n] = act(sum_k x[m, k] * dense(weight)[n, k] + bias[n]); row strides in elements. `dtype` is the type of x, the
+// weight's scales, bias and y; the weight's values may have any other.
 struct LinearParams {
   const void* x;
   int64_t M, x_stride;

@@ -32,19 +32,19 @@ FASTICL_INLINE void prefetch(const void* p, int64_t bytes, int64_t lines) {
 // copied, with what is read behind them, to a spare place.
 template <class T>
 constexpr int64_t spare_value_bytes(int64_t K) {
-  return round_up((K + 2 * kLanes) * static_cast<int64_t>(sizeof(T)), 64);
+  return round_up((K + kWord) * static_cast<int64_t>(sizeof(T)), 64);
 }
 template <class T>
 constexpr int64_t spare_row_bytes(int64_t K) {
   return spare_value_bytes<T>(K) + round_up(K / 8 + 8, 64);
 }
 
-// The values of row n, with 32 elements behind them that may be read.
+// The values of row n, with 64 elements behind them that may be read.
 template <class T>
 FASTICL_INLINE const T* row_values(const RowWeight& w, int64_t n, T* spare) {
   const int64_t begin = w.row_start(n), end = w.row_start(n + 1);
   const T* values = static_cast<const T*>(w.values) + begin;
-  if (end + 2 * kLanes <= w.row_start(w.N)) return values;
+  if (end + kWord <= w.row_start(w.N)) return values;
   if (end > begin) __builtin_memcpy(spare, values, static_cast<size_t>(end - begin) * sizeof(T));
   return spare;
 }
@@ -86,45 +86,35 @@ inline int64_t first_row(const RowWeight& w, int64_t t, int64_t T) {
 
 // ---- few tokens --------------------------------------------------------------------------------------------
 
-// The stored values of 64 columns, as load32 orders them; returns how many they are.
-template <class T>
-FASTICL_INLINE int expand64(const T* p, uint64_t mask, Vec (&v)[4]) {
-  const uint32_t low = static_cast<uint32_t>(mask), high = static_cast<uint32_t>(mask >> 32);
-  expand32(p, low, v[0], v[1]);
-  expand32(p + __builtin_popcount(low), high, v[2], v[3]);
-  return __builtin_popcountll(mask);
-}
-
-// x as float32 [M, round_up(K, 64)], padded with zeros, columns in the order of expand32.
-template <class T>
+// x as float32 [M, round_up(K, 64)], padded with zeros, its columns in the order in which values of type TV are loaded
+// (order64). Float32 x of whole words is so already where kInOrder<TV>.
+template <class TV, class T>
 void widen_rows(const T* x, int64_t M, int64_t K, int64_t stride, float* out) {
   const int64_t padded = round_up(K, kWord);
   for (int64_t m = 0; m < M; m++)
-    for (int64_t k = 0; k < padded; k += 2 * kLanes) {
-      Vec a, b;
+    for (int64_t k = 0; k < padded; k += kWord) {
       const T* p = x + m * stride + k;
-      if (k + 2 * kLanes <= K) {
-        load32(p, a, b);
-      } else {
-        T buffer[2 * kLanes] = {};
-        if (k < K) __builtin_memcpy(buffer, p, static_cast<size_t>(K - k) * sizeof(T));
-        load32(buffer, a, b);
+      Vec v[4];
+      for (int i = 0; i < 4; i++) {
+        const int64_t left = K - k - i * kLanes;
+        v[i] = left > 0 ? load_n(p + i * kLanes, left) : zero();
       }
-      store(out + m * padded + k, a);
-      store(out + m * padded + k + kLanes, b);
+      order64<TV>(v);
+      for (int i = 0; i < 4; i++) store(out + m * padded + k + i * kLanes, v[i]);
     }
 }
 
-// out[b * out_stride + n] = sum_k x[b * x_stride + k] * W[n, k] for rows [n0, n1) and B tokens.
-template <class T, bool kDense, int B>
+// out[b * out_stride + n] = sum_k x[b * x_stride + k] * values[n, k] for rows [n0, n1) and B tokens; x as
+// widen_rows<TV> leaves it, spare of spare_row_bytes<TV>(K). Scales are finish_rows' to apply.
+template <class TV, bool kDense, int B>
 void few_tokens(const RowWeight& w, int64_t n0, int64_t n1, const float* x, int64_t x_stride, float* out,
                 int64_t out_stride, uint8_t* spare) {
   // At one and two tokens four sums a token hide the latency of the multiply-add; then the tokens themselves do.
   constexpr int U = B <= 2 && kMaxTokens > 4 ? 4 : B <= 4 ? 2 : 1;
   const int64_t whole = w.K / kWord, left = w.K % kWord;
   for (int64_t n = n0; n < n1; n++) {
-    const T* p = row_values(w, n, reinterpret_cast<T*>(spare));
-    const uint8_t* mask = kDense ? nullptr : row_mask(w, n, spare + spare_value_bytes<T>(w.K));
+    const TV* p = row_values(w, n, reinterpret_cast<TV*>(spare));
+    const uint8_t* mask = kDense ? nullptr : row_mask(w, n, spare + spare_value_bytes<TV>(w.K));
     Vec acc[U][B];
     for (int u = 0; u < U; u++)
       for (int b = 0; b < B; b++) acc[u][b] = zero();
@@ -135,21 +125,19 @@ void few_tokens(const RowWeight& w, int64_t n0, int64_t n1, const float* x, int6
     Vec v[4];
     for (int64_t i = 0; i < whole; i++) {
       if (kDense) {
-        load32(p, v[0], v[1]);
-        load32(p + 32, v[2], v[3]);
+        load64(p, v);
         p += kWord;
       } else {
-        prefetch(p, kPrefetchBytes, 2);
+        prefetch(p, kPrefetchBytes, sizeof(TV) > 1 ? 2 : 1);
         p += expand64(p, mask_word(mask, i, kWord * (i + 1)), v);
       }
       multiply(v, x + i * kWord);
     }
     if (left) {
       if (kDense) {
-        T buffer[kWord] = {};
-        __builtin_memcpy(buffer, p, static_cast<size_t>(left) * sizeof(T));
-        load32(buffer, v[0], v[1]);
-        load32(buffer + 32, v[2], v[3]);
+        TV buffer[kWord] = {};
+        __builtin_memcpy(buffer, p, static_cast<size_t>(left) * sizeof(TV));
+        load64(buffer, v);
       } else {
         expand64(p, mask_word(mask, whole, w.K), v);
       }
@@ -163,22 +151,22 @@ void few_tokens(const RowWeight& w, int64_t n0, int64_t n1, const float* x, int6
   }
 }
 
-template <class T, bool kDense>
+template <class TV, bool kDense>
 void few_tokens_any(int64_t M, const RowWeight& w, int64_t n0, int64_t n1, const float* x, int64_t x_stride, float* out,
                     int64_t out_stride, uint8_t* spare) {
   while (M > 0) {
     int done;
     if (M >= 8 && kMaxTokens >= 8) {
-      few_tokens<T, kDense, kMaxTokens >= 8 ? 8 : 1>(w, n0, n1, x, x_stride, out, out_stride, spare);
+      few_tokens<TV, kDense, kMaxTokens >= 8 ? 8 : 1>(w, n0, n1, x, x_stride, out, out_stride, spare);
       done = 8;
     } else if (M >= 4) {
-      few_tokens<T, kDense, 4>(w, n0, n1, x, x_stride, out, out_stride, spare);
+      few_tokens<TV, kDense, 4>(w, n0, n1, x, x_stride, out, out_stride, spare);
       done = 4;
     } else if (M >= 2) {
-      few_tokens<T, kDense, 2>(w, n0, n1, x, x_stride, out, out_stride, spare);
+      few_tokens<TV, kDense, 2>(w, n0, n1, x, x_stride, out, out_stride, spare);
       done = 2;
     } else {
-      few_tokens<T, kDense, 1>(w, n0, n1, x, x_stride, out, out_stride, spare);
+      few_tokens<TV, kDense, 1>(w, n0, n1, x, x_stride, out, out_stride, spare);
       done = 1;
     }
     M -= done;
@@ -187,69 +175,69 @@ void few_tokens_any(int64_t M, const RowWeight& w, int64_t n0, int64_t n1, const
   }
 }
 
-// y[m, n] = act(sums[m, n] + bias[n]) for columns [n0, n1); sums may be y itself where y is float32.
+// y[m, n] = act(scales[n] * sums[m, n] + bias[n]) for columns [n0, n1); sums may be y itself where y is float32.
 template <class T>
 void finish_rows(const LinearParams& p, const float* sums, int64_t sums_stride, int64_t n0, int64_t n1) {
+  const T* scales = static_cast<const T*>(p.weight.scales);
   const T* bias = static_cast<const T*>(p.bias);
   for (int64_t m = 0; m < p.M; m++)
     for (int64_t n = n0; n < n1; n += kLanes) {
       Vec v = load_n(sums + m * sums_stride + n, n1 - n);
+      if (scales) v = v * load_n(scales + n, n1 - n);
       if (bias) v = v + load_n(bias + n, n1 - n);
       store_n(static_cast<T*>(p.y) + m * p.y_stride + n, activate(p.activation, v), n1 - n);
     }
 }
 
-template <class T>
-constexpr bool kIsFloat = false;
-template <>
-constexpr bool kIsFloat<float> = true;
-
-template <class T>
+template <class TV>
 void run_few(const LinearParams& p) {
   static thread_local Scratch x_scratch, sums_scratch;
   const RowWeight& w = p.weight;
   const int64_t padded = round_up(w.K, kWord);
+  const bool is_float = p.dtype == DType::f32;
   const float* x = static_cast<const float*>(p.x);
   int64_t x_stride = p.x_stride;
-  if (!kIsFloat<T> || w.K % kWord) {
+  if (!is_float || !kInOrder<TV> || w.K % kWord) {
     float* wide = x_scratch.get<float>(static_cast<size_t>(p.M * padded));
-    widen_rows(static_cast<const T*>(p.x), p.M, w.K, p.x_stride, wide);
+    with_float(p.dtype,
+               [&](auto like) { widen_rows<TV>(static_cast<const decltype(like)*>(p.x), p.M, w.K, p.x_stride, wide); });
     x = wide;
     x_stride = padded;
   }
   float* sums = static_cast<float*>(p.y);
   int64_t sums_stride = p.y_stride;
-  if (!kIsFloat<T>) {
+  if (!is_float) {
     sums = sums_scratch.get<float>(static_cast<size_t>(p.M * w.N));
     sums_stride = w.N;
   }
 #pragma omp parallel num_threads(p.threads) if (p.threads > 1)
   {
     static thread_local Scratch spare_scratch;
-    uint8_t* spare = spare_scratch.get<uint8_t>(static_cast<size_t>(spare_row_bytes<T>(w.K)));
+    uint8_t* spare = spare_scratch.get<uint8_t>(static_cast<size_t>(spare_row_bytes<TV>(w.K)));
     const int64_t t = thread_index(), T_ = thread_count();
     const int64_t n0 = first_row(w, t, T_), n1 = first_row(w, t + 1, T_);
     if (w.bitmask) {
-      few_tokens_any<T, false>(p.M, w, n0, n1, x, x_stride, sums, sums_stride, spare);
+      few_tokens_any<TV, false>(p.M, w, n0, n1, x, x_stride, sums, sums_stride, spare);
     } else {
-      few_tokens_any<T, true>(p.M, w, n0, n1, x, x_stride, sums, sums_stride, spare);
+      few_tokens_any<TV, true>(p.M, w, n0, n1, x, x_stride, sums, sums_stride, spare);
     }
-    if (!kIsFloat<T> || p.bias || p.activation != Activation::none) finish_rows<T>(p, sums, sums_stride, n0, n1);
+    if (!is_float || w.scales || p.bias || p.activation != Activation::none)
+      with_float(p.dtype, [&](auto like) { finish_rows<decltype(like)>(p, sums, sums_stride, n0, n1); });
   }
 }
 
 // ---- many tokens -------------------------------------------------------------------------------------------
 
 // x^T of one panel: out[k * 16V + j] = x[first + j, k], zero where first + j >= M. Columns [k0, k1), multiples of 16.
-template <class T, int V>
-void pack_panel(const LinearParams& p, int64_t first, int64_t k0, int64_t k1, float* out) {
+template <int V, class T>
+void pack_panel(const LinearParams& p, const T* x, int64_t first, int64_t k0, int64_t k1, float* out) {
   const int64_t K = p.weight.K;
   for (int64_t k = k0; k < k1; k += kLanes)
     for (int v = 0; v < V; v++) {
       Vec r[kLanes];
       for (int i = 0; i < kLanes; i++) {
         const int64_t m = first + v * kLanes + i;
-        r[i] = m < p.M ? load_n(static_cast<const T*>(p.x) + m * p.x_stride + k, K - k) : zero();
+        r[i] = m < p.M ? load_n(x + m * p.x_stride + k, K - k) : zero();
       }
       transpose16(r);
       for (int i = 0; i < kLanes; i++) store(out + (k + i) * V * kLanes + v * kLanes, r[i]);
@@ -309,7 +297,7 @@ FASTICL_INLINE void add_row(const uint8_t* columns, const float* values, int cou
 }
 
 // A block of rows against all panels of x^T.
-template <class T, int V>
+template <class TV, int V>
 struct ManyTokens {
   static constexpr int64_t L = V * kLanes;                               // tokens in a panel
   static constexpr int64_t kFit = kTileBytes / (L * 4) / kWord * kWord;  // columns whose x^T stays in L1
@@ -326,11 +314,11 @@ struct ManyTokens {
   };
 
   uint8_t columns[kRowBlock * kTile + kWord];  // of one tile, row after row in `order`
-  float wide[kIsFloat<T> ? 1 : kRowBlock * kTile + 2 * kLanes];
+  float wide[sizeof(TV) == 4 ? 1 : kRowBlock * kTile + 2 * kLanes];
   Row order[kRowBlock];
   uint16_t counts[kRowBlock];
   const uint8_t* masks[kRowBlock];
-  const T* next[kRowBlock];
+  const TV* next[kRowBlock];
 
   // Rows [r0, r1), at most kRowBlock; sums [panels][kRowBlock][L].
   void block(const LinearParams& p, int64_t r0, int64_t r1, const float* xt, int64_t padded, int64_t panels,
@@ -338,9 +326,9 @@ struct ManyTokens {
     const RowWeight& w = p.weight;
     const int64_t rows = r1 - r0;
     for (int64_t r = 0; r < rows; r++) {
-      uint8_t* own = spare + r * spare_row_bytes<T>(w.K);
-      next[r] = row_values(w, r0 + r, reinterpret_cast<T*>(own));
-      masks[r] = row_mask(w, r0 + r, own + spare_value_bytes<T>(w.K));
+      uint8_t* own = spare + r * spare_row_bytes<TV>(w.K);
+      next[r] = row_values(w, r0 + r, reinterpret_cast<TV*>(own));
+      masks[r] = row_mask(w, r0 + r, own + spare_value_bytes<TV>(w.K));
     }
     for (int64_t k0 = 0; k0 < w.K; k0 += kTile) {
       if (k0 + kTile <= w.K) {
@@ -349,7 +337,7 @@ struct ManyTokens {
         tile<false>(w, rows, k0, xt, padded, panels, sums);
       }
     }
-    finish(p, r0, r1, panels, first_token, sums);
+    with_float(p.dtype, [&](auto like) { finish<decltype(like)>(p, r0, r1, panels, first_token, sums); });
   }
 
   // Adds the product of the columns from k0 on to the sums; kWhole says that all of a tile's columns exist.
@@ -364,7 +352,7 @@ struct ManyTokens {
     for (int64_t i = 0; i < rows + kRowsAhead; i++) {
       if (i < rows) {
         Row& row = order[i];
-        prefetch(next[row.row], 0, row.count * static_cast<int64_t>(sizeof(T)) / 64 + 1);
+        prefetch(next[row.row], 0, row.count * static_cast<int64_t>(sizeof(TV)) / 64 + 1);
         row.list = list;
         list += decode<kWhole>(masks[row.row] + k0 / 8, w.K - k0, list);
         if (panels == 1 && list > columns + kRing) list = columns;  // used once, a short ring of them stays in L1
@@ -373,7 +361,7 @@ struct ManyTokens {
         Row& row = order[i - kRowsAhead];
         row.values = widen_values(next[row.row], row.count, widened);
         next[row.row] += row.count;
-        if (panels > 1) widened += kIsFloat<T> ? 0 : row.count;
+        if (panels > 1) widened += sizeof(TV) == 4 ? 0 : row.count;
         add_row<V>(row.list, row.values, row.count, xt + k0 * L, sums + row.row * L, k0 == 0);
       }
     }
@@ -413,12 +401,16 @@ struct ManyTokens {
     return count;
   }
 
-  void finish(const LinearParams& p, int64_t r0, int64_t r1, int64_t panels, int64_t first_token, const float* sums) {
+  template <class T>
+  static void finish(const LinearParams& p, int64_t r0, int64_t r1, int64_t panels, int64_t first_token,
+                     const float* sums) {
+    const T* scales = static_cast<const T*>(p.weight.scales);
     const T* bias = static_cast<const T*>(p.bias);
     for (int64_t q = 0; q < panels; q++)
       for (int v = 0; v < V; v++) {
         const int64_t m0 = first_token + q * L + v * kLanes;
         for (int64_t r = r0; r < r1; r += kLanes) {
+          const Vec scale = scales ? load_n(scales + r, r1 - r) : set1(1.0f);
           const Vec b = bias ? load_n(bias + r, r1 - r) : zero();
           Vec s[kLanes];
           for (int i = 0; i < kLanes; i++)
@@ -426,10 +418,10 @@ struct ManyTokens {
           transpose16(s);
           T* y = static_cast<T*>(p.y) + m0 * p.y_stride + r;
           if (m0 + kLanes <= p.M && r + kLanes <= r1) {
-            for (int i = 0; i < kLanes; i++) store(y + i * p.y_stride, activate(p.activation, s[i] + b));
+            for (int i = 0; i < kLanes; i++) store(y + i * p.y_stride, activate(p.activation, fma(s[i], scale, b)));
           } else {
             for (int i = 0; i < kLanes && m0 + i < p.M; i++)
-              store_n(y + i * p.y_stride, activate(p.activation, s[i] + b), r1 - r);
+              store_n(y + i * p.y_stride, activate(p.activation, fma(s[i], scale, b)), r1 - r);
           }
         }
       }
@@ -437,9 +429,9 @@ struct ManyTokens {
 };
 
 // Tokens [m0, m1).
-template <class T, int V>
+template <class TV, int V>
 void run_many(const LinearParams& p, int64_t m0, int64_t m1) {
-  using Kernel = ManyTokens<T, V>;
+  using Kernel = ManyTokens<TV, V>;
   static thread_local Scratch x_scratch;
   const RowWeight& w = p.weight;
   const int64_t padded = round_up(w.K, kLanes);
@@ -455,12 +447,14 @@ void run_many(const LinearParams& p, int64_t m0, int64_t m1) {
       float* sums = sums_scratch.get<float>(static_cast<size_t>(panels * kRowBlock * Kernel::L));
       const int64_t t = thread_index(), T_ = thread_count();
       const int64_t chunks = padded / kLanes;
-      for (int64_t q = 0; q < panels; q++)
-        pack_panel<T, V>(block, first + q * Kernel::L, chunks * t / T_ * kLanes, chunks * (t + 1) / T_ * kLanes,
-                         xt + q * padded * Kernel::L);
+      with_float(p.dtype, [&](auto like) {
+        for (int64_t q = 0; q < panels; q++)
+          pack_panel<V>(block, static_cast<const decltype(like)*>(p.x), first + q * Kernel::L, chunks * t / T_ * kLanes,
+                        chunks * (t + 1) / T_ * kLanes, xt + q * padded * Kernel::L);
+      });
 #pragma omp barrier
       const int64_t n0 = first_row(w, t, T_), n1 = first_row(w, t + 1, T_);
-      uint8_t* spare = spare_scratch.get<uint8_t>(static_cast<size_t>(kRowBlock * spare_row_bytes<T>(w.K)));
+      uint8_t* spare = spare_scratch.get<uint8_t>(static_cast<size_t>(kRowBlock * spare_row_bytes<TV>(w.K)));
       for (int64_t r = n0; r < n1; r += kRowBlock)
         kernel->block(block, r, std::min(r + kRowBlock, n1), xt, padded, panels, first, sums, spare);
     }
@@ -478,43 +472,37 @@ inline bool few_pay(const RowWeight& w, int64_t M) {
   return few <= 16 + 130 * density;
 }
 
-template <class T>
+template <class TV>
 void run_rows(LinearParams p) {
   const RowWeight& w = p.weight;
-  if (!w.bitmask) return run_few<T>(p);  // dense, or without columns: an empty bitmask has no address
+  if (!w.bitmask) return run_few<TV>(p);  // dense, or without columns: an empty bitmask has no address
   // Whole panels of 64 tokens, and what is left in the smallest panel that holds it or in the first loop.
   int64_t done = 0;
   while (done < p.M) {
     const int64_t left = p.M - done;
     if (left > 32) {
       const int64_t whole = left % 64 > 32 || left % 64 == 0 ? left : left / 64 * 64;
-      run_many<T, 4>(p, done, done + whole);
+      run_many<TV, 4>(p, done, done + whole);
       done += whole;
     } else if (left > 16) {
-      run_many<T, 2>(p, done, p.M);
+      run_many<TV, 2>(p, done, p.M);
       done = p.M;
     } else if (left > kMaxTokens || !few_pay(w, left)) {
-      run_many<T, 1>(p, done, p.M);
+      run_many<TV, 1>(p, done, p.M);
       done = p.M;
     } else {
-      p.x = static_cast<const T*>(p.x) + done * p.x_stride;
-      p.y = static_cast<T*>(p.y) + done * p.y_stride;
+      const int64_t size = p.dtype == DType::f32 ? 4 : 2;
+      p.x = static_cast<const char*>(p.x) + done * p.x_stride * size;
+      p.y = static_cast<char*>(p.y) + done * p.y_stride * size;
       p.M = left;
-      return run_few<T>(p);
+      return run_few<TV>(p);
     }
   }
 }
 
 inline void run_row_linear(const LinearParams& p) {
   if (p.M == 0 || p.weight.N == 0) return;
-  switch (p.dtype) {
-    case DType::f32:
-      return run_rows<float>(p);
-    case DType::bf16:
-      return run_rows<bf16>(p);
-    case DType::f16:
-      return run_rows<f16>(p);
-  }
+  with_value(p.weight.dtype, [&](auto like) { run_rows<decltype(like)>(p); });
 }
 
 }  // namespace

@@ -42,6 +42,8 @@ FASTICL_INLINE Vec load(const bf16* p) {
 FASTICL_INLINE Vec load(const f16* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
+FASTICL_INLINE Vec widen_i8(__m128i b) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(b))}; }
+FASTICL_INLINE Vec load(const int8_t* p) { return widen_i8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 FASTICL_INLINE void store(bf16* p, Vec a) {  // to nearest even; NaN stays NaN
   const __m512i u = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
@@ -66,30 +68,90 @@ FASTICL_INLINE Vec expand(const bf16* p, uint32_t mask) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(expand16(p, mask)), 16))};
 }
 FASTICL_INLINE Vec expand(const f16* p, uint32_t mask) { return {_mm512_cvtph_ps(expand16(p, mask))}; }
-
-// 32 columns at once into two registers. For bf16 they hold the even and the odd columns (kSplitsPairs), because
-// two shifts are cheaper than two lane-crossing conversions; for the others columns 0-15 and 16-31.
-template <class T>
-constexpr bool kSplitsPairs = false;
-template <>
-constexpr bool kSplitsPairs<bf16> = true;
-FASTICL_INLINE void expand32(const float* p, uint32_t mask, Vec& a, Vec& b) {
-  a = expand(p, mask & 0xffff);
-  b = expand(p + _mm_popcnt_u32(mask & 0xffff), mask >> 16);
+FASTICL_INLINE Vec expand(const int8_t* p, uint32_t mask) {
+  return widen_i8(
+      _mm_maskz_expand_epi8(static_cast<__mmask16>(mask), _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
+
+// 64 columns at once into four registers. Lane j of register i holds column 16 i + j, but of bf16 column
+// 32 (i / 2) + 2 j + i % 2 and of int8 column 4 j + i: taking the halves or bytes of 32-bit lanes apart is cheaper than
+// conversions that cross lanes. order64 brings 64 columns of x into the order of T.
+template <class T>
+constexpr bool kInOrder = true;
+template <>
+constexpr bool kInOrder<bf16> = false;
+template <>
+constexpr bool kInOrder<int8_t> = false;
 FASTICL_INLINE void split_pairs(__m512i h, Vec& even, Vec& odd) {
   even = {_mm512_castsi512_ps(_mm512_slli_epi32(h, 16))};
   odd = {_mm512_castsi512_ps(_mm512_and_si512(h, _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
 }
-FASTICL_INLINE void expand32(const bf16* p, uint32_t mask, Vec& even, Vec& odd) {
-  split_pairs(_mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(p)), even, odd);
+// Bytes as float32, exactly: a byte with its sign flipped, u = 128 + value, put into the mantissa of 2^23 gives 2^23 +
+// u and eight bits higher, in that of 2^15, 2^15 + u.
+FASTICL_INLINE void split_bytes(__m512i b, Vec (&v)[4]) {
+  const auto put = [](__m512i from, int byte, int bits) __attribute__((always_inline)) {
+    return _mm512_castsi512_ps(
+        _mm512_ternarylogic_epi32(from, _mm512_set1_epi32(byte), _mm512_set1_epi32(bits), 0x6a));  // (a & b) ^ c
+  };
+  const __m512 low = _mm512_set1_ps(8388608.0f + 128.0f), high = _mm512_set1_ps(32768.0f + 128.0f);
+  const __m512i upper = _mm512_srli_epi32(b, 16);
+  v[0] = {_mm512_sub_ps(put(b, 0xff, 0x4b000080), low)};
+  v[1] = {_mm512_sub_ps(put(b, 0xff00, 0x47008000), high)};
+  v[2] = {_mm512_sub_ps(put(upper, 0xff, 0x4b000080), low)};
+  v[3] = {_mm512_sub_ps(put(upper, 0xff00, 0x47008000), high)};
 }
-FASTICL_INLINE void expand32(const f16* p, uint32_t mask, Vec& a, Vec& b) {
-  const __m512i h = _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(p));
-  a = {_mm512_cvtph_ps(_mm512_castsi512_si256(h))};
-  b = {_mm512_cvtph_ps(_mm512_extracti64x4_epi64(h, 1))};
+FASTICL_INLINE void load64(const bf16* p, Vec (&v)[4]) {
+  split_pairs(_mm512_loadu_si512(p), v[0], v[1]);
+  split_pairs(_mm512_loadu_si512(p + 32), v[2], v[3]);
 }
-FASTICL_INLINE void load32(const bf16* p, Vec& even, Vec& odd) { split_pairs(_mm512_loadu_si512(p), even, odd); }
+FASTICL_INLINE void load64(const int8_t* p, Vec (&v)[4]) { split_bytes(_mm512_loadu_si512(p), v); }
+
+// The stored values of 64 columns in the same order; returns how many they are. May read 64 values from p on.
+FASTICL_INLINE int expand64(const float* p, uint64_t mask, Vec (&v)[4]) {
+  const float* next = p;
+  for (int i = 0; i < 4; i++, mask >>= kLanes) {
+    v[i] = expand(next, mask & 0xffff);
+    next += _mm_popcnt_u32(mask & 0xffff);
+  }
+  return static_cast<int>(next - p);
+}
+FASTICL_INLINE int expand64(const bf16* p, uint64_t mask, Vec (&v)[4]) {
+  const uint32_t low = static_cast<uint32_t>(mask), high = static_cast<uint32_t>(mask >> 32);
+  split_pairs(_mm512_maskz_expand_epi16(low, _mm512_loadu_si512(p)), v[0], v[1]);
+  split_pairs(_mm512_maskz_expand_epi16(high, _mm512_loadu_si512(p + _mm_popcnt_u32(low))), v[2], v[3]);
+  return static_cast<int>(_mm_popcnt_u64(mask));
+}
+FASTICL_INLINE int expand64(const f16* p, uint64_t mask, Vec (&v)[4]) {
+  const uint32_t low = static_cast<uint32_t>(mask), high = static_cast<uint32_t>(mask >> 32);
+  const auto widen = [](__m512i h, Vec& a, Vec& b) __attribute__((always_inline)) {
+    a = {_mm512_cvtph_ps(_mm512_castsi512_si256(h))};
+    b = {_mm512_cvtph_ps(_mm512_extracti64x4_epi64(h, 1))};
+  };
+  widen(_mm512_maskz_expand_epi16(low, _mm512_loadu_si512(p)), v[0], v[1]);
+  widen(_mm512_maskz_expand_epi16(high, _mm512_loadu_si512(p + _mm_popcnt_u32(low))), v[2], v[3]);
+  return static_cast<int>(_mm_popcnt_u64(mask));
+}
+FASTICL_INLINE int expand64(const int8_t* p, uint64_t mask, Vec (&v)[4]) {
+  split_bytes(_mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(p)), v);
+  return static_cast<int>(_mm_popcnt_u64(mask));
+}
+
+FASTICL_INLINE void split_lanes(Vec& a, Vec& b) {  // into those of even and of odd index
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512 odd = _mm512_permutex2var_ps(a.v, _mm512_add_epi32(even, _mm512_set1_epi32(1)), b.v);
+  a = {_mm512_permutex2var_ps(a.v, even, b.v)};
+  b = {odd};
+}
+template <class T>
+FASTICL_INLINE void order64(Vec (&v)[4]) {
+  if (kInOrder<T>) return;
+  split_lanes(v[0], v[1]);
+  split_lanes(v[2], v[3]);
+  if (sizeof(T) == 1) {
+    split_lanes(v[0], v[2]);
+    split_lanes(v[1], v[3]);
+  }
+}
 
 // Lane i gets window[index[i]], index[i] < 32.
 FASTICL_INLINE Vec permute32(const float* window, const uint8_t* index) {
@@ -196,6 +258,10 @@ FASTICL_INLINE __m256 widen_bf16(__m128i h) {
 FASTICL_INLINE __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 FASTICL_INLINE Vec load(const bf16* p) { return {widen_bf16(load128(p)), widen_bf16(load128(p + 8))}; }
 FASTICL_INLINE Vec load(const f16* p) { return {_mm256_cvtph_ps(load128(p)), _mm256_cvtph_ps(load128(p + 8))}; }
+FASTICL_INLINE __m256 widen_i8(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+FASTICL_INLINE Vec load(const int8_t* p) { return {widen_i8(p), widen_i8(p + 8)}; }
 FASTICL_INLINE __m128i narrow_bf16(__m256 a) {
   const __m256i u = _mm256_castps_si256(a);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
@@ -242,6 +308,7 @@ FASTICL_INLINE __m256 expand8(__m256 packed, uint32_t mask8) {
 FASTICL_INLINE __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
 FASTICL_INLINE __m256 load8(const bf16* p) { return widen_bf16(load128(p)); }
 FASTICL_INLINE __m256 load8(const f16* p) { return _mm256_cvtph_ps(load128(p)); }
+FASTICL_INLINE __m256 load8(const int8_t* p) { return widen_i8(p); }
 template <class T>
 FASTICL_INLINE Vec expand(const T* p, uint32_t mask) {
   const uint32_t m = mask & 0xff;
@@ -369,6 +436,7 @@ FASTICL_INLINE float max_lane(Vec a) {
 }
 
 FASTICL_INLINE float widen(float a) { return a; }
+FASTICL_INLINE float widen(int8_t a) { return a; }
 FASTICL_INLINE float widen(bf16 a) {
   const uint32_t u = static_cast<uint32_t>(a.bits) << 16;
   float f;
@@ -447,17 +515,22 @@ FASTICL_INLINE void transpose16(Vec* r) {
 
 #ifndef FASTICL_TARGET_AVX512
 template <class T>
-constexpr bool kSplitsPairs = false;
+constexpr bool kInOrder = true;
 template <class T>
-FASTICL_INLINE void expand32(const T* p, uint32_t mask, Vec& a, Vec& b) {
-  a = expand(p, mask & 0xffff);
-  b = expand(p + __builtin_popcount(mask & 0xffff), mask >> 16);
+FASTICL_INLINE void order64(Vec (&)[4]) {}
+template <class T>
+FASTICL_INLINE int expand64(const T* p, uint64_t mask, Vec (&v)[4]) {
+  const T* next = p;
+  for (int i = 0; i < 4; i++, mask >>= kLanes) {
+    v[i] = expand(next, mask & 0xffff);
+    next += __builtin_popcount(mask & 0xffff);
+  }
+  return static_cast<int>(next - p);
 }
 #endif
 template <class T>
-FASTICL_INLINE void load32(const T* p, Vec& a, Vec& b) {
-  a = load(p);
-  b = load(p + kLanes);
+FASTICL_INLINE void load64(const T* p, Vec (&v)[4]) {
+  for (int i = 0; i < 4; i++) v[i] = load(p + i * kLanes);
 }
 
 FASTICL_INLINE Vec zero() { return set1(0.0f); }
@@ -495,6 +568,22 @@ FASTICL_INLINE Vec exp(Vec a) {
   p = scale2(scale2(p, half), n - half);
   p = where_less(a, set1(-87.336544f), zero(), p);
   return where_less(set1(88.722839f), a, set1(__builtin_inff()), p);
+}
+
+// ---- types known at run time -------------------------------------------------------------------------------
+
+// Calls f with a value of the type that x, bias and y have.
+template <class F>
+FASTICL_INLINE void with_float(DType dtype, F f) {
+  if (dtype == DType::f32) return f(float{});
+  if (dtype == DType::bf16) return f(bf16{});
+  f(f16{});
+}
+// And of the type of a weight's values.
+template <class F>
+FASTICL_INLINE void with_value(DType dtype, F f) {
+  if (dtype == DType::i8) return f(int8_t{});
+  with_float(dtype, f);
 }
 
 }  // namespace

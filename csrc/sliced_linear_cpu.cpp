@@ -18,8 +18,8 @@ constexpr int kMaxSlicedTokens = 4;
 #endif
 
 // Tokens [0, B) of one slice: out[b * 16 + lane]. Summed by blocks of steps, for the accuracy of long rows.
-template <class T, int B>
-void slice_tokens(const uint8_t* step, int64_t steps, const T* p, const float* x, int64_t x_stride, float* out) {
+template <class TV, int B>
+void slice_tokens(const uint8_t* step, int64_t steps, const TV* p, const float* x, int64_t x_stride, float* out) {
   constexpr int U = B <= 2 ? kUnroll : B <= 4 ? 2 : 1;
   Vec total[B];
   for (int b = 0; b < B; b++) total[b] = zero();
@@ -46,39 +46,65 @@ void slice_tokens(const uint8_t* step, int64_t steps, const T* p, const float* x
   for (int b = 0; b < B; b++) store(out + b * kLanes, total[b]);
 }
 
-// Values from `first` on, with 32 elements behind them that may be read.
-template <class T>
-const T* slice_values(const SlicedParams& p, int64_t slice, T* spare) {
+// The values of a slice, with 32 elements behind them that may be read.
+template <class TV>
+const TV* slice_values(const SlicedParams& p, int64_t slice, TV* spare) {
   const int64_t first = p.slice_offsets[2 * slice + 1], end = p.slice_offsets[2 * slice + 3];
-  const T* values = static_cast<const T*>(p.values) + first;
+  const TV* values = static_cast<const TV*>(p.values) + first;
   if (end + 2 * kLanes <= p.slice_offsets[2 * p.slices + 1]) return values;
-  if (end > first) __builtin_memcpy(spare, values, static_cast<size_t>(end - first) * sizeof(T));
+  if (end > first) __builtin_memcpy(spare, values, static_cast<size_t>(end - first) * sizeof(TV));
   return spare;
 }
 
+// y[m, n] = act(scales[n] * sums[lane] + bias[n]) for the rows n of a slice.
 template <class T>
-void run_sliced(const SlicedParams& p) {
-  static thread_local Scratch x_scratch;
-  const int64_t padded = round_up(p.K, kLanes) + kWindow;
-  float* x = x_scratch.get<float>(static_cast<size_t>(p.M * padded));
+void finish_slice(const SlicedParams& p, const float* sums, const int32_t* rows, int64_t m) {
+  const T* bias = static_cast<const T*>(p.bias);
+  const T* scales = static_cast<const T*>(p.scales);
+  const auto of_rows = [&](const T* from) {
+    T lanes[kLanes] = {};
+    for (int i = 0; i < kLanes; i++)
+      if (rows[i] >= 0) lanes[i] = from[rows[i]];
+    return load(lanes);
+  };
+  Vec v = load(sums);
+  if (scales) v = v * of_rows(scales);
+  if (bias) v = v + of_rows(bias);
+  T result[kLanes];
+  store(result, activate(p.activation, v));
+  T* y = static_cast<T*>(p.y) + m * p.y_stride;
+  for (int i = 0; i < kLanes; i++)
+    if (rows[i] >= 0) y[rows[i]] = result[i];
+}
+
+// x as float32 [M, padded], zeros behind its columns.
+template <class T>
+void widen_tokens(const SlicedParams& p, int64_t padded, float* x) {
   for (int64_t m = 0; m < p.M; m++) {
     for (int64_t k = 0; k < p.K; k += kLanes)
       store(x + m * padded + k, load_n(static_cast<const T*>(p.x) + m * p.x_stride + k, p.K - k));
     for (int64_t k = round_up(p.K, kLanes); k < padded; k += kLanes) store(x + m * padded + k, zero());
   }
+}
+
+template <class TV>
+void run_sliced(const SlicedParams& p) {
+  static thread_local Scratch x_scratch;
+  const int64_t padded = round_up(p.K, kLanes) + kWindow;
+  float* x = x_scratch.get<float>(static_cast<size_t>(p.M * padded));
+  with_float(p.dtype, [&](auto like) { widen_tokens<decltype(like)>(p, padded, x); });
   const int64_t total = p.slice_offsets[2 * p.slices] + p.slices;  // a slice costs a step more than it has
 #pragma omp parallel num_threads(p.threads) if (p.threads > 1)
   {
     static thread_local Scratch spare_scratch;
     const int64_t t = thread_index(), T_ = thread_count();
-    const T* bias = static_cast<const T*>(p.bias);
     for (int64_t s = 0; s < p.slices; s++) {
       const int64_t middle = p.slice_offsets[2 * s] + s;  // contiguous slices of about equal steps a thread
       if (middle * T_ < total * t || middle * T_ >= total * (t + 1)) continue;
       const int64_t step = p.slice_offsets[2 * s], steps = p.slice_offsets[2 * s + 2] - step;
       const int64_t count = p.slice_offsets[2 * s + 3] - p.slice_offsets[2 * s + 1];
-      T* spare = spare_scratch.get<T>(static_cast<size_t>(count + 2 * kLanes));
-      const T* values = slice_values(p, s, spare);
+      TV* spare = spare_scratch.get<TV>(static_cast<size_t>(count + 2 * kLanes));
+      const TV* values = slice_values(p, s, spare);
       const uint8_t* first_step = p.steps + step * kStepBytes;
       const int32_t* rows = p.row_order + s * kLanes;
       for (int64_t m = 0; m < p.M;) {
@@ -87,20 +113,14 @@ void run_sliced(const SlicedParams& p) {
         const int64_t left = p.M - m;
         int64_t B = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
         if (B > kMaxSlicedTokens) B = kMaxSlicedTokens;
-        if (B == 8) slice_tokens<T, kMaxSlicedTokens>(first_step, steps, values, xm, padded, sums);
-        if (B == 4) slice_tokens<T, 4>(first_step, steps, values, xm, padded, sums);
-        if (B == 2) slice_tokens<T, 2>(first_step, steps, values, xm, padded, sums);
-        if (B == 1) slice_tokens<T, 1>(first_step, steps, values, xm, padded, sums);
-        for (int64_t b = 0; b < B; b++, m++) {
-          T lane_bias[kLanes] = {}, result[kLanes];
-          if (bias)
-            for (int i = 0; i < kLanes; i++)
-              if (rows[i] >= 0) lane_bias[i] = bias[rows[i]];
-          store(result, activate(p.activation, load(sums + b * kLanes) + load(lane_bias)));
-          T* y = static_cast<T*>(p.y) + m * p.y_stride;
-          for (int i = 0; i < kLanes; i++)
-            if (rows[i] >= 0) y[rows[i]] = result[i];
-        }
+        if (B == 8) slice_tokens<TV, kMaxSlicedTokens>(first_step, steps, values, xm, padded, sums);
+        if (B == 4) slice_tokens<TV, 4>(first_step, steps, values, xm, padded, sums);
+        if (B == 2) slice_tokens<TV, 2>(first_step, steps, values, xm, padded, sums);
+        if (B == 1) slice_tokens<TV, 1>(first_step, steps, values, xm, padded, sums);
+        with_float(p.dtype, [&](auto like) {
+          for (int64_t b = 0; b < B; b++) finish_slice<decltype(like)>(p, sums + b * kLanes, rows, m + b);
+        });
+        m += B;
       }
     }
   }
@@ -109,14 +129,7 @@ void run_sliced(const SlicedParams& p) {
 }  // namespace
 
 void sliced_linear(const SlicedParams& p) {
-  switch (p.dtype) {
-    case DType::f32:
-      return run_sliced<float>(p);
-    case DType::bf16:
-      return run_sliced<bf16>(p);
-    case DType::f16:
-      return run_sliced<f16>(p);
-  }
+  with_value(p.value_dtype, [&](auto like) { run_sliced<decltype(like)>(p); });
 }
 
 #else
@@ -141,6 +154,8 @@ struct SlicedParams {
   const void* x;
   int64_t M, x_stride, K;
   const void* values;
+  DType value_dtype;
+  const void* scales;  // [N], or null: row n is scales[n] times its values
   const uint8_t* steps;
   const int64_t* slice_offsets;  // [slices + 1][2]: first step, first value
   const int32_t* row_order;      // [slices * 16], -1 for none
@@ -149,7 +164,7 @@ struct SlicedParams {
   Activation activation;
   void* y;
   int64_t y_stride;
-  DType dtype;
+  DType dtype;  // of x, scales, bias and y
   int threads;
 };
 
@@ -268,15 +283,17 @@ void bind_sliced_linear(py::module_& m) {
       "sliced_values"_a, "Steps and values of all slices, one after the other.");
   m.def(
       "sliced_linear",
-      [](Address x, int64_t M, int64_t x_stride, int64_t K, Address values, Address steps, Address slice_offsets,
-         Address row_order, int64_t slices, Address bias, int activation, Address y, int64_t y_stride, int dtype,
-         int threads) {
+      [](Address x, int64_t M, int64_t x_stride, int64_t K, Address values, int value_dtype, Address scales,
+         Address steps, Address slice_offsets, Address row_order, int64_t slices, Address bias, int activation,
+         Address y, int64_t y_stride, int dtype, int threads) {
         py::gil_scoped_release release;
         SlicedParams p{pointer<const void>(x),
                        M,
                        x_stride,
                        K,
                        pointer<const void>(values),
+                       static_cast<DType>(value_dtype),
+                       pointer<const void>(scales),
                        pointer<const uint8_t>(steps),
                        pointer<const int64_t>(slice_offsets),
                        pointer<const int32_t>(row_order),
@@ -290,8 +307,8 @@ void bind_sliced_linear(py::module_& m) {
         if (p.slice_offsets[2 * slices] * kStepWork * M < kThreadWork) p.threads = 1;
         FASTICL_DISPATCH(sliced_linear(p));
       },
-      "x"_a, "M"_a, "x_stride"_a, "K"_a, "values"_a, "steps"_a, "slice_offsets"_a, "row_order"_a, "slices"_a, "bias"_a,
-      "activation"_a, "y"_a, "y_stride"_a, "dtype"_a, "threads"_a,
+      "x"_a, "M"_a, "x_stride"_a, "K"_a, "values"_a, "value_dtype"_a, "scales"_a, "steps"_a, "slice_offsets"_a,
+      "row_order"_a, "slices"_a, "bias"_a, "activation"_a, "y"_a, "y_stride"_a, "dtype"_a, "threads"_a,
       "y = act(x W^T + b), W as slices. Addresses and strides (elements); nothing is checked here.");
 }
 

@@ -8,8 +8,13 @@ are the portable form of :mod:`fasticl.formats`:
     p.bitmask      uint8 [N, ceil(K / 8)]; bit k % 8 of bitmask[n, k // 8] says that W[n, k] is stored; tail bits are 0
     p.row_offsets  int64 [N]; where row n begins in compressed
 
-Its ``sparse-24-bitmask`` has ``shape`` [2, 1], ``compressed`` [N, K / 2] with two values of every four columns, zeros
-among them, the same bitmask, and no offsets. Names are those of the model's own class: an MLP that runs as one
+compressed-tensors' ``sparse-24-bitmask`` has ``shape`` [2, 1], ``compressed`` [N, K / 2] with two values of every four
+columns, zeros among them, the same bitmask, and no offsets. FastICL alone stores int8 values: in ``int8-bitmask`` with
+one tensor more, in ``int8-dense``, whose ``compressed`` is [N, K], in place of bitmask and row_offsets:
+
+    p.scales       [N] in the weight's dtype; row n of W is scales[n] times its values
+
+Names are those of the model's own class: an MLP that runs as one
 :class:`fasticl.nn.SparseMLP` is stored as the linears that it replaced.
 
 ``quantization_config`` in config.json says what each layer was: the format to compute in, the widths that neuron
@@ -49,6 +54,7 @@ LAYOUTS = {  # of compressed-tensors -> what replaces a weight
     "sparse-bitmask": ("shape", "compressed", "bitmask", "row_offsets"),
     "sparse-24-bitmask": ("shape", "compressed", "bitmask"),
 }
+INT8_LAYOUTS = ("int8-bitmask", "int8-dense")  # of FastICL alone
 SAVE_FORMATS = (QUANT_METHOD, *LAYOUTS)
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}  # of safetensors
 
@@ -80,7 +86,8 @@ def save_pretrained(
 
     Raises:
         TypeError: ``model`` is no PreTrainedModel.
-        ValueError: the format is unknown, or cannot hold this model (removed neurons, nothing packed, not 2:4).
+        ValueError: the format is unknown, or cannot hold this model (removed neurons, int8 values, nothing packed, not
+            2:4).
         FileExistsError: ``folder`` has something in it.
     """
     plugin = _plugin()
@@ -205,15 +212,15 @@ def _plugin() -> ModuleType:
 
 
 def to_bitmask(packed: PackedWeight) -> dict[str, Tensor]:
-    """The four tensors of ``sparse-bitmask``, by the last part of their names."""
+    """The four tensors of ``sparse-bitmask``, or those of an int8 layout, by the last part of their names."""
     if packed.format == "compact":
         packed = formats.pack(packed.unpack(), "bitmap")
-    return {
-        "shape": torch.tensor(packed.shape),
-        "compressed": packed.values,
-        "bitmask": packed.bitmask,
-        "row_offsets": packed.row_offsets[:-1].clone(),
-    }
+    tensors = {"shape": torch.tensor(packed.shape), "compressed": packed.values}
+    if packed.format != "dense":
+        tensors |= {"bitmask": packed.bitmask, "row_offsets": packed.row_offsets[:-1].clone()}
+    if packed.scales is not None:
+        tensors["scales"] = packed.scales
+    return tensors
 
 
 def to_24_bitmask(weight: Tensor) -> dict[str, Tensor]:
@@ -243,8 +250,8 @@ def from_bitmask(
     Args:
         tensors: by the last part of their names; of the sizes that :func:`expected_tensors` gives.
         shape: N, K.
-        layout: a key of ``LAYOUTS``.
-        format: of :func:`fasticl.pack`, ``"auto"`` included.
+        layout: one of ``LAYOUTS`` or ``INT8_LAYOUTS``.
+        format: of :func:`fasticl.pack`, ``"auto"`` included; of int8 values bitmap, sliced or nm, or else dense.
         pattern: of the portable form, for format ``"nm"``.
 
     Raises:
@@ -254,14 +261,16 @@ def from_bitmask(
     if stored != list(shape):
         raise ValueError(f"shape: expected {list(shape)}, got {stored}")
     N, K = shape
-    values = tensors["compressed"].flatten()
+    if layout == "int8-dense":
+        return formats.from_dense(tensors["compressed"], tensors["scales"])
+    values, scales = tensors["compressed"].flatten(), tensors.get("scales")
     if layout == "sparse-24-bitmask":
         row_offsets = torch.arange(N + 1, device=values.device) * (K // 2)
         packed = formats.from_portable("nm", shape, values, tensors["bitmask"], row_offsets, "2:4")
         return packed if format in ("auto", "nm") else formats.pack(packed.unpack(), format)
     row_offsets = torch.cat((tensors["row_offsets"], tensors["row_offsets"].new_tensor([values.numel()])))
-    if format in ("bitmap", "sliced", "nm"):
-        return formats.from_portable(format, shape, values, tensors["bitmask"], row_offsets, pattern)
+    if format in ("bitmap", "sliced", "nm") or scales is not None:
+        return formats.from_portable(format, shape, values, tensors["bitmask"], row_offsets, pattern, scales)
     return formats.pack(
         formats.from_portable("bitmap", shape, values, tensors["bitmask"], row_offsets).unpack(), format
     )
@@ -279,11 +288,22 @@ def expected_tensors(header: Header, key: str, shape: tuple[int, int], layout: s
         sizes = {"shape": [2, 1], "compressed": [N, K // 2], "bitmask": [N, -(-K // 8)]}
         if K % 4:
             raise ValueError(f"{key}: expected columns divisible by 4 for {layout}, got {K}")
+    elif layout == "int8-dense":
+        sizes = {"shape": [2], "compressed": [N, K], "scales": [N]}
     else:
         # The number of values is the file's to say, and each has a bit of the bitmask.
         count = stored[0] if len(stored) == 1 and stored[0] <= N * K else N * K
         sizes = {"shape": [2], "compressed": [count], "bitmask": [N, -(-K // 8)], "row_offsets": [N]}
-    dtypes = {"shape": ("I64",), "compressed": tuple(DTYPES), "bitmask": ("U8",), "row_offsets": ("I64",)}
+        sizes |= {"scales": [N]} if layout == "int8-bitmask" else {}
+    floating = tuple(DTYPES)
+    stored_as = ("I8",) if layout in INT8_LAYOUTS else floating
+    dtypes = {
+        "shape": ("I64",),
+        "compressed": stored_as,
+        "bitmask": ("U8",),
+        "row_offsets": ("I64",),
+        "scales": floating,
+    }
     for part, size in sizes.items():
         check_tensor(header, f"{key}.{part}", dtypes[part], size)
     return sizes
@@ -355,6 +375,8 @@ def layer_specs(layers: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
             specs[name] = {"format": layer.format, "shape": [layer.out_features, layer.in_features]}
             if layer.pattern:
                 specs[name]["pattern"] = layer.pattern
+            if layer.scales is not None:
+                specs[name]["layout"] = "int8-dense" if layer.format == "dense" else "int8-bitmask"
         elif isinstance(layer, nn.Linear):
             specs[name] = {"format": "dense", "shape": list(layer.weight.shape)}
         else:
@@ -390,6 +412,10 @@ def _layer_tensors(layer: Any, original: Any, format: str) -> dict[str, Tensor]:
     bias = {} if layer.bias is None else {"bias": layer.bias.detach()}
     if format == QUANT_METHOD:
         return {**(to_bitmask(layer.packed) if isinstance(layer, SparseLinear) else {"weight": layer.weight}), **bias}
+    if isinstance(layer, SparseLinear) and layer.scales is not None:
+        raise ValueError(
+            f"expected values of dtype {layer.packed.dtype} with {format}, got int8; save as {QUANT_METHOD}"
+        )
     weight = dense_weight(layer).detach() + 0.0  # -0.0 counts as a zero there
     expected = weight.shape if isinstance(original, nn.Linear) else weight.T.shape
     if original.weight.shape != expected:

@@ -48,6 +48,11 @@ class Format(str, Enum):
     sliced = "sliced"
     nm = "nm"
     compact = "compact"
+    dense = "dense"
+
+
+class Values(str, Enum):
+    int8 = "int8"
 
 
 class SaveFormat(str, Enum):
@@ -257,14 +262,19 @@ def convert(
     model: Annotated[Path, typer.Argument(metavar="IN", help="Folder of a Hugging Face model with zeros.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the packed model.")],
     format: Annotated[
-        Format, typer.Option(help="To compute in; auto measures those that suit the zeros.")
+        Format, typer.Option(help="To compute in; auto measures those that suit the zeros; dense: int8 values only.")
     ] = Format.auto,
+    values: Annotated[
+        Values | None,
+        typer.Option(help="To store the values as: int8 rounds them, and packs layers without zeros too."),
+    ] = None,
     min_speedup: Annotated[
         float, typer.Option(min=0, help="Layers that gain less stay dense; 0 packs all that have zeros.")
     ] = 1.0,
     tokens: Annotated[list[int] | None, typer.Option(min=1, help="Batch size to measure; several times.")] = None,
     skip: Annotated[
-        list[str] | None, typer.Option(help="Layer to leave alone; several times. Default: lm_head.")
+        list[str] | None,
+        typer.Option(help="Layer to leave alone; several times. Default: lm_head; a name that no layer has: none."),
     ] = None,
     save_format: Annotated[
         SaveFormat, typer.Option(help="Of the files: FastICL's own, or one of compressed-tensors.")
@@ -287,7 +297,12 @@ def convert(
             loaded, tokenizer = checkpoint.load(model, dtype=_of_torch(dtype), device=device)
         with stages.stage("measure and pack its layers"):
             report = fasticl.convert(
-                loaded, format=format.value, min_speedup=min_speedup, tokens=tokens or TOKENS, skip=skip or SKIP
+                loaded,
+                format=format.value,
+                values=values and values.value,
+                min_speedup=min_speedup,
+                tokens=tokens or TOKENS,
+                skip=skip or SKIP,
             )
         with stages.stage(f"save {out}"):
             fasticl.save_pretrained(report.model, out, tokenizer=tokenizer, format=save_format.value)

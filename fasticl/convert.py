@@ -53,7 +53,7 @@ class LayerDecision:
     dtype: torch.dtype
     sparsity: float
     pattern: str
-    kernel: str  # "dense", or a packed format; of an MLP "fused_mlp", or "unfused"
+    kernel: str  # "dense", or a packed format, " int8" behind it for such values; of an MLP "fused_mlp", or "unfused"
     reason: str
     ms_dense: dict[int, float] = field(default_factory=dict)
     ms_sparse: dict[int, float] = field(default_factory=dict)
@@ -91,6 +91,7 @@ def convert(
     model: nn.Module,
     *,
     format: str = "auto",
+    values: str | None = None,
     skip: Sequence[str] = SKIP,
     min_speedup: float = 1.0,
     tokens: Sequence[int] = TOKENS,
@@ -102,7 +103,8 @@ def convert(
     numbers of tokens and, but for the noise of timing (5 %), at each of them:
 
     1. an MLP module with dead hidden neurons, by a :class:`fasticl.nn.SparseMLP` without them;
-    2. each linear (``nn.Linear``, GPT-2's Conv1D) with zeros, by a :class:`fasticl.nn.SparseLinear`;
+    2. each linear (``nn.Linear``, GPT-2's Conv1D) with zeros, by a :class:`fasticl.nn.SparseLinear`; with
+       ``values="int8"`` also each without;
     3. an MLP module of which a linear was packed, by one :class:`fasticl.nn.SparseMLP`.
 
     A module counts as an MLP if a small copy of it, on random tokens in eval mode, computes just that. Layers with
@@ -113,19 +115,23 @@ def convert(
 
     Args:
         model: any module; its parameters stay where they are (CPU or GPU).
-        format: ``"auto"`` times those that suit the zeros; or ``"bitmap"``, ``"sliced"``, ``"nm"``, ``"compact"``.
-        skip: names, whole or last component, of modules that are left alone, with all that is in them.
-        min_speedup: 0 converts every linear with zeros, whatever its speed.
+        format: ``"auto"`` times those that suit the zeros; or ``"bitmap"``, ``"sliced"``, ``"nm"``, ``"compact"``, or,
+            of int8 values only, ``"dense"``.
+        values: None, or ``"int8"``, which changes the model's answers: see :func:`fasticl.pack`. Layers that are packed
+            already stay what they are.
+        skip: names, whole or last component, of modules that are left alone, with all that is in them; ``()`` for none.
+            An LM head that is packed shares its weight with the embedding no longer.
+        min_speedup: 0 converts every linear with zeros (with int8 values every linear), whatever its speed.
         tokens: batch sizes that the layers will see: positions times sequences.
 
     Raises:
         TypeError: ``model`` is no nn.Module, or an argument of another type.
-        ValueError: ``format`` is unknown, ``min_speedup`` negative, ``tokens`` not positive, or a masked parameter is
-            shared with a module that does not mask it.
+        ValueError: ``format`` or ``values`` is unknown, ``min_speedup`` negative, ``tokens`` not positive, or a masked
+            parameter is shared with a module that does not mask it.
     """
-    _check(model, format, skip, min_speedup, tokens)
+    _check(model, format, values, skip, min_speedup, tokens)
     fold_masks_(model)
-    report, smaller, packed = _plan(model, format, skip, min_speedup, tokens)
+    report, smaller, packed = _plan(model, format, values, skip, min_speedup, tokens)
     report = replace(report, model=_replace(_replace(model, smaller), packed))
     if smaller or packed:
         make_serializable(report.model)
@@ -140,8 +146,8 @@ def explain(model: nn.Module, *, tokens: Sequence[int] = TOKENS) -> str:
     Raises:
         TypeError, ValueError: as :func:`convert`.
     """
-    _check(model, "auto", SKIP, 1.0, tokens)
-    text = str(_plan(model, "auto", SKIP, 1.0, tokens)[0])
+    _check(model, "auto", None, SKIP, 1.0, tokens)
+    text = str(_plan(model, "auto", None, SKIP, 1.0, tokens)[0])
     print(text)
     return text
 
@@ -163,11 +169,12 @@ def table(decisions: Sequence[LayerDecision]) -> str:
     )
 
 
-def _check(model: object, format: str, skip: Sequence[str], min_speedup: float, tokens: Sequence[int]) -> None:
+def _check(
+    model: object, format: str, values: str | None, skip: Sequence[str], min_speedup: float, tokens: Sequence[int]
+) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if format not in formats.FORMATS:
-        raise ValueError(f"format: expected one of {', '.join(formats.FORMATS)}, got {format!r}")
+    formats.check_format(format, values)
     if isinstance(skip, str) or not all(isinstance(name, str) for name in skip):
         raise TypeError(f"skip: expected a sequence of names, got {skip!r}")
     if isinstance(min_speedup, bool) or not isinstance(min_speedup, int | float):
@@ -240,7 +247,7 @@ class _Clock:
 
 
 def _plan(
-    model: nn.Module, format: str, skip: Sequence[str], min_speedup: float, tokens: Sequence[int]
+    model: nn.Module, format: str, values: str | None, skip: Sequence[str], min_speedup: float, tokens: Sequence[int]
 ) -> tuple[ConversionReport, Replacements, Replacements]:
     """What convert reports, and its replacements: of MLPs by smaller ones; then, with those in place, the rest."""
     clock = _Clock(tokens, sum(_dense_bytes(linear) for _, linear in linears_of(model, {})), min_speedup)
@@ -260,12 +267,12 @@ def _plan(
     smaller, decisions = _choose_mlps(candidates, min_speedup, clock)
     mlps |= decisions
 
-    layers = _choose_kernels(model, smaller, format, skip, min_speedup, clock)
+    layers = _choose_kernels(model, smaller, format, values, skip, clock)
     packed: Replacements = {}
     for name, linear in linears_of(model, smaller):
         if layers[name].kernel != "dense" and not isinstance(linear, SparseLinear):
             try:
-                packed[linear] = SparseLinear.from_linear(linear, layers[name].kernel)
+                packed[linear] = SparseLinear.from_linear(linear, layers[name].kernel.removesuffix(" int8"), values)
             except ValueError as error:  # the layers timed fit the format that was asked for, this one does not
                 layers[name] = replace(layers[name], kernel="dense", reason=str(error))
 
@@ -292,7 +299,7 @@ def _choose_mlps(
         parts = [part for part in (candidate.up, candidate.down, candidate.gate) if part is not None]
         weights = [dense_weight(linear) for linear in found.mlp.linears]
         held = sum((part.values if isinstance(part, SparseLinear) else part.weight).numel() for part in parts)
-        kinds = [part.format if isinstance(part, SparseLinear) else "dense" for part in parts]
+        kinds = [_kernel_of(part) for part in parts]
         shapes = [w.shape for w in weights]
         share = round(20 * held / max(1, sum(w.numel() for w in weights)))
         key = (*shapes, *kinds, weights[0].dtype, weights[0].device, found.activation, type(found.module), share)
@@ -328,7 +335,7 @@ def _mlp_decision(name: str, mlp: MLP | SparseMLP, kernel: str, reason: str) -> 
 
 
 def _choose_kernels(
-    model: nn.Module, smaller: Replacements, format: str, skip: Sequence[str], min_speedup: float, clock: _Clock
+    model: nn.Module, smaller: Replacements, format: str, values: str | None, skip: Sequence[str], clock: _Clock
 ) -> dict[str, LayerDecision]:
     """A decision for each linear of the model in which ``smaller`` MLPs have taken their places."""
     decisions: dict[str, LayerDecision] = {}
@@ -348,13 +355,13 @@ def _choose_kernels(
         N, K = weight.shape
         why_dense = obstacle(name, linear, readers, skip)
         if why_dense is None and not isinstance(linear, SparseLinear):
-            if zeros == 0:
+            if zeros == 0 and values is None:
                 why_dense = "no zeros"
-            elif zeros < MIN_SPARSITY and min_speedup > 0:
+            elif zeros < MIN_SPARSITY and clock.min_speedup > 0 and values is None:
                 why_dense = "hardly any zeros"
             elif format == "compact" and linear in in_mlp:
                 why_dense = "part of a SparseMLP, which takes no compact layers"
-        kernel = linear.format if isinstance(linear, SparseLinear) else "dense"
+        kernel = _kernel_of(linear)
         decisions[name] = LayerDecision(name, (N, K), weight.dtype, zeros, pattern, kernel, why_dense or "")
         if why_dense is None:
             kind = (kernel, linear in in_mlp, type(linear))
@@ -362,7 +369,7 @@ def _choose_kernels(
             groups.setdefault(key, []).append((name, linear))
     for group in groups.values():
         kernel, reason, ms_dense, ms_sparse = _choose_kernel(
-            [linear for _, linear in group], format, min_speedup, clock, group[0][1] in in_mlp
+            [linear for _, linear in group], format, values, clock, group[0][1] in in_mlp
         )
         for name, _ in group:
             decisions[name] = replace(
@@ -376,25 +383,26 @@ def _choose_kernels(
 
 
 def _choose_kernel(
-    linears: list[nn.Module], format: str, min_speedup: float, clock: _Clock, in_mlp: bool
+    linears: list[nn.Module], format: str, values: str | None, clock: _Clock, in_mlp: bool
 ) -> tuple[str, str, dict[int, float], dict[int, float]]:
     """The kernel for linears of one kind, why, and ms by tokens: dense, and of that kernel or the best that lost."""
     weight = dense_weight(linears[0]).detach()
     some = linears[: min(PACKED_LAYERS, clock.copies(weight.nbytes))]
-    held = linears[0].format if isinstance(linears[0], SparseLinear) else None
+    held = _kernel_of(linears[0]) if isinstance(linears[0], SparseLinear) else None
     packed: dict[str, Sequence[nn.Module]] = {}
     if held is not None:
         packed[held] = some
     else:
-        for name in _candidates(weight, in_mlp) if format == "auto" else [format]:
-            try:
-                packed[name] = [SparseLinear.from_linear(linear, name) for linear in some]
-            except ValueError as error:
-                return "dense", str(error), {}, {}
+        try:
+            for name in _candidates(weight, values, in_mlp) if format == "auto" else [format]:
+                layers = [SparseLinear.from_linear(linear, name, values) for linear in some]
+                packed[_kernel_of(layers[0])] = layers
+        except ValueError as error:
+            return "dense", str(error), {}, {}
     ms = clock.time({"dense": [plain_linear(linear) for linear in some], **packed}, weight, weight.nbytes)
     gains = {name: _gains(ms, name) for name in packed}
 
-    fits = [name for name in packed if _pays(gains[name], min_speedup)]
+    fits = [name for name in packed if _pays(gains[name], clock.min_speedup)]
     best = max(fits or packed, key=lambda name: math.prod(gains[name].values()))
     text = _gains_text(gains[best])
     if held is not None:
@@ -404,11 +412,24 @@ def _choose_kernel(
     return best, text, ms["dense"], ms[best]
 
 
-def _candidates(weight: Tensor, in_mlp: bool) -> list[str]:
-    """Formats worth timing: what pack chooses, and its neighbour where the border is near."""
-    chosen = formats.pack(weight + 0.0).format
-    sparse = weight.count_nonzero().item() < 0.35 * weight.numel() and weight.shape[1] <= formats.SLICED_MAX_K
-    names = [chosen, "bitmap", *(["sliced"] if sparse else [])]
+def _kernel_of(linear: nn.Module) -> str:
+    """As :class:`LayerDecision` names it."""
+    if not isinstance(linear, SparseLinear):
+        return "dense"
+    return linear.format if linear.scales is None else f"{linear.format} int8"
+
+
+def _candidates(weight: Tensor, values: str | None, in_mlp: bool) -> list[str]:
+    """Formats worth timing: what pack chooses, and its neighbours where the border is near."""
+    chosen = formats.pack(weight + 0.0, values=values).format
+    if chosen == "dense":
+        return [chosen]
+    sparse = weight.count_nonzero().item() < 0.35 * weight.numel()
+    names = [chosen, "bitmap"]
+    if sparse and weight.shape[1] <= formats.SLICED_MAX_K:
+        names.append("sliced")
+    if values == "int8" and not sparse:
+        names.append("dense")
     return [name for name in dict.fromkeys(names) if not (in_mlp and name == "compact")]
 
 

@@ -3,7 +3,8 @@
 The *portable* form is a bitmask and the stored values by rows, the tensors of compressed-tensors' ``sparse-bitmask``:
 
     bitmask      uint8 [N, ceil(K / 8)]; bit k % 8 of bitmask[n, k // 8] says that W[n, k] is stored; tail bits are 0
-    values       [nnz] in the weight's dtype, row by row
+    values       [nnz] in the weight's dtype, row by row; or int8
+    scales       [N] in the weight's dtype, of int8 values only: row n is scales[n] times its values
     row_offsets  int64 [N + 1]; row n is values[row_offsets[n] : row_offsets[n + 1]]
 
 On the CPU the row kernels run on this form as it is: it streams a row's values once and needs a bit per position,
@@ -14,11 +15,13 @@ is held in the order of its kernel too, ``PackedWeight.lanes`` (fasticl/lane_str
     nm       exactly n values in every m consecutive columns; zeros are stored where a group has fewer
     sliced   bitmap and, derived from it, a list of indexed values for one to eight tokens; pays above about 75 % zeros
     compact  whole rows or columns are gone: the dense rest and which ones it kept
+    dense    every element, as int8 values [N, K] and no bitmask
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -29,13 +32,15 @@ from torch import Tensor
 from fasticl import _C
 from fasticl.lane_stream import LaneStream, derive_lanes, to_lanes
 
-FORMATS = ("auto", "bitmap", "sliced", "nm", "compact")
+FORMATS = ("auto", "bitmap", "sliced", "nm", "compact", "dense")
+VALUES = (None, "int8")  # how values are stored: in the weight's dtype, or quantized
 PATTERNS = ("2:4", "4:8", "8:16")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SLICED_MIN_SPARSITY = 0.8  # "auto" derives the sliced layout from here on
 SLICED_MAX_K = 65535  # its windows start at 16-bit columns
 STEP_BYTES = 20  # lane mask (2), window (2), an index a lane (16)
 NM_MIN_DENSITY = 0.45  # "auto" takes an n:m pattern from here on: a sparser weight may fit one by chance
+BITMAP_MAX_DENSITY = 7 / 8  # of int8 values: beyond, a bitmask is larger than the zeros that it spares
 COMPACT_MIN_FILL = 0.9  # "auto" takes compact if so many of the rest's elements are not zero
 # Elements are tested, copied and compared as integers: -0.0 is no zero then, and a NaN keeps its payload.
 _INTEGERS = {
@@ -61,8 +66,8 @@ class SlicedLayout:
 class PackedWeight:
     """A pruned weight ``[N, K]``; made by :func:`pack`, read by the ops. Immutable; ``.to`` returns another one.
 
-    ``compact`` keeps ``values`` as the dense ``[len(rows), len(columns)]`` rest, and no bitmask; the other formats keep
-    the portable form.
+    ``compact`` keeps ``values`` as the dense ``[len(rows), len(columns)]`` rest and ``dense`` as ``[N, K]``, both
+    without a bitmask; the other formats keep the portable form.
     """
 
     format: str
@@ -75,10 +80,12 @@ class PackedWeight:
     columns: Tensor | None = None
     sliced: SlicedLayout | None = None
     lanes: LaneStream | None = None  # the CUDA kernel's layout: fasticl/lane_stream.py
+    scales: Tensor | None = None  # of int8 values
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.values.dtype
+        """Of the weight, and of the x that it multiplies; int8 values have it in their scales."""
+        return (self.values if self.scales is None else self.scales).dtype
 
     @property
     def device(self) -> torch.device:
@@ -92,52 +99,64 @@ class PackedWeight:
     @property
     def bytes(self) -> int:
         """Memory held, in bytes: the portable form and what was derived from it."""
-        return sum(t.numel() * t.element_size() for t in self._tensors())
+        return _bytes(self._tensors())
 
     @property
     def bytes_read(self) -> int:
         """What one product with one token reads of the weight, in bytes: the numerator of the roofline."""
         if self.lanes is not None:
-            return sum(t.numel() * t.element_size() for t in self.lanes.tensors)
+            return _bytes(self.lanes.tensors)
         if self.sliced is not None:
-            return sum(t.numel() * t.element_size() for t in vars(self.sliced).values())
+            return _bytes([*vars(self.sliced).values(), *([] if self.scales is None else [self.scales])])
         if self.format == "nm":  # rows are equally long
-            return self.bytes - self.row_offsets.numel() * self.row_offsets.element_size()
+            return self.bytes - _bytes([self.row_offsets])
         return self.bytes
 
     @property
     def dense_bytes(self) -> int:
         """What the dense weight would take, in bytes."""
-        return self.shape[0] * self.shape[1] * self.values.element_size()
+        return self.shape[0] * self.shape[1] * self.dtype.itemsize
 
     def _tensors(self) -> list[Tensor]:
-        own = [self.values, self.bitmask, self.row_offsets, self.rows, self.columns]
+        own = [self.values, self.scales, self.bitmask, self.row_offsets, self.rows, self.columns]
         derived = list(vars(self.sliced).values()) if self.sliced is not None else []
         derived += self.lanes.tensors if self.lanes is not None else []
         return [t for t in own + derived if t is not None]
 
     def __repr__(self) -> str:
         pattern = f", pattern={self.pattern!r}" if self.pattern else ""
+        values = "" if self.scales is None else ", values='int8'"
         return (
             f"PackedWeight(format={self.format!r}, shape={list(self.shape)}, dtype={self.dtype}, device={self.device}, "
-            f"density={self.density:.3f}, bytes={self.bytes}{pattern})"
+            f"density={self.density:.3f}, bytes={self.bytes}{pattern}{values})"
         )
 
     @property
     def keep(self) -> Tensor:
-        """Where a value is stored: bool ``[N, K]``; not of a compact weight."""
+        """Where a value is stored: bool ``[N, K]``; not of a compact or dense weight."""
         return expand_bits(self.bitmask, self.shape[1])
 
     def unpack(self) -> Tensor:
-        """The dense ``[N, K]`` weight, bit for bit what was packed."""
+        """The dense ``[N, K]`` weight, bit for bit what was packed.
+
+        Of int8 values ``values * scales``, rounded to :attr:`dtype`; the ops multiply by the unrounded product.
+        """
+        if self.scales is not None:
+            wide = torch.promote_types(self.dtype, torch.float32)
+            return (self.unpack_values().to(wide) * self.scales.to(wide)[:, None]).to(self.dtype)
+        return self.unpack_values()
+
+    def unpack_values(self) -> Tensor:
+        """``values`` in their places, ``[N, K]`` in their own dtype; scales are not applied."""
+        if self.format == "dense":
+            return self.values.clone()
+        dense = torch.zeros(self.shape, dtype=self.values.dtype, device=self.device)
         if self.format == "compact":
             assert self.rows is not None
             assert self.columns is not None
-            dense = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
             dense[self.rows[:, None], self.columns] = self.values
-            return dense
-        dense = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        dense.view(_INTEGERS[self.dtype])[self.keep] = self.values.view(_INTEGERS[self.dtype])
+        else:
+            _as_integers(dense)[self.keep] = _as_integers(self.values)
         return dense
 
     def to(self, device: torch.device | str) -> PackedWeight:
@@ -159,11 +178,19 @@ class PackedWeight:
         _expect(self.format in FORMATS[1:], "format", f"one of {', '.join(FORMATS[1:])}", repr(self.format))
         _expect(N >= 0 and K >= 0, "shape", "sizes >= 0", [N, K])
         _expect(self.dtype in DTYPES, "values", f"dtype {_names(DTYPES)}", self.dtype)
+        if self.scales is not None:
+            _expect(self.values.dtype == torch.int8, "values", "torch.int8 with scales", self.values.dtype)
+            _expect_tensor("scales", self.scales, self.dtype, [N])
         for tensor in self._tensors():
             _expect(tensor.is_contiguous(), "tensors", "contiguous", f"strides {tensor.stride()}")
             _expect(tensor.device == self.device, "tensors", f"all on {self.device}", tensor.device)
         if self.format == "compact":
+            _expect(self.scales is None, "scales", "None with format compact", "a tensor")
             self._validate_compact()
+            return self
+        if self.format == "dense":
+            _expect(self.scales is not None, "scales", "a tensor with format dense", None)
+            _expect_tensor("values", self.values, torch.int8, [N, K])
             return self
         self._validate_portable()
         if self.format == "nm":
@@ -201,7 +228,7 @@ class PackedWeight:
         if wrong.numel():
             n = int(wrong[0])
             _fail(f"row_offsets[{n}]", f"{int(offsets[n])} (bits before it)", int(self.row_offsets[n]))
-        _expect_tensor("values", self.values, self.dtype, [int(offsets[-1])])  # a value for each bit
+        _expect_tensor("values", self.values, self.values.dtype, [int(offsets[-1])])  # a value for each bit
 
     def _validate_groups(self) -> None:
         N, K = self.shape
@@ -235,7 +262,9 @@ class PackedWeight:
                 _fail(what, "what the portable form gives", f"another value at flat index {int(wrong[0])}")
 
 
-def pack(weight: Tensor, format: str = "auto", *, pattern: str | None = None) -> PackedWeight:
+def pack(
+    weight: Tensor, format: str = "auto", *, pattern: str | None = None, values: str | None = None
+) -> PackedWeight:
     """Stores a pruned weight without its zeros.
 
     Args:
@@ -244,12 +273,17 @@ def pack(weight: Tensor, format: str = "auto", *, pattern: str | None = None) ->
             are therefore applied by ``w.masked_fill(~mask, 0)``: ``w * mask`` leaves -0.0 where w was negative.
         format: ``"bitmap"``, ``"sliced"``, ``"nm"``, ``"compact"`` (see the module), or ``"auto"``: ``compact`` if
             whole rows or columns are zero and 90 % of the rest is not, ``nm`` if a pattern holds and 45 % are not zero,
-            ``sliced`` from 80 % zeros on, else ``bitmap``.
+            ``sliced`` from 80 % zeros on, else ``bitmap``. With int8 values ``"dense"`` is one too, and takes the place
+            of ``compact``: auto chooses it where fewer than an eighth are zero.
         pattern: ``"2:4"``, ``"4:8"`` or ``"8:16"``, for ``format="nm"`` only; None takes the first that holds.
+        values: None, or ``"int8"``: row n of W becomes ``s_n q``, the integers q in [-127, 127] and ``s_n`` the row's
+            largest magnitude over 127, rounded to the weight's dtype; ``|W - s_n q| <= s_n / 2``. What is stored does
+            not change: q may be 0. Activations are not quantized.
 
     Raises:
         TypeError: ``weight`` is no dense tensor of those dtypes.
-        ValueError: it is no matrix, the format is unknown, or the weight does not have the pattern.
+        ValueError: it is no matrix, the format is unknown or not for these values, the weight does not have the
+            pattern, or it is to become int8 and not finite.
     """
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: expected a torch.Tensor, got {type(weight).__name__}")
@@ -259,30 +293,67 @@ def pack(weight: Tensor, format: str = "auto", *, pattern: str | None = None) ->
         raise TypeError(f"weight: expected dtype {_names(DTYPES)}, got {weight.dtype}")
     if weight.dim() != 2:
         raise ValueError(f"weight: expected shape [N, K], got {list(weight.shape)}")
-    if format not in FORMATS:
-        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    check_format(format, values)
     if pattern is not None and (format != "nm" or pattern not in PATTERNS):
         expected = f"one of {', '.join(PATTERNS)} with format 'nm'"
         raise ValueError(f"pattern: expected {expected}, got {pattern!r} with {format!r}")
     weight = weight.detach().contiguous()
-    keep = weight.view(_INTEGERS[weight.dtype]) != 0
+    keep = _as_integers(weight) != 0
+    scales = None
 
     if format == "auto":
-        format = _choose(keep)
+        format = _choose(keep, values)
     if format == "compact":
         return _pack_compact(weight, keep)
+    if values == "int8":
+        weight, scales = quantize(weight)
+    if format == "dense":
+        assert scales is not None  # check_format lets no others through
+        return from_dense(weight, scales)
     if format == "nm":
         pattern = pattern or _find_pattern(keep)
         if pattern is None:
             raise ValueError(f"weight: expected one of the patterns {', '.join(PATTERNS)}, got none of them")
         keep = _complete_groups(keep, pattern)
     N, K = weight.shape
-    values = _select(weight, keep)
+    stored = _select(weight, keep)
     bitmask = _pack_bits(keep)
     row_offsets = torch.zeros(N + 1, dtype=torch.int64, device=weight.device)
     torch.cumsum(count_bits(bitmask), 0, out=row_offsets[1:])
-    sliced = _slice(values, bitmask, row_offsets, K) if format == "sliced" else None
-    return _with_lanes(PackedWeight(format, (N, K), values, bitmask, row_offsets, pattern=pattern, sliced=sliced))
+    sliced = _slice(stored, bitmask, row_offsets, K) if format == "sliced" else None
+    return _with_lanes(
+        PackedWeight(format, (N, K), stored, bitmask, row_offsets, pattern=pattern, sliced=sliced, scales=scales)
+    )
+
+
+def check_format(format: str, values: str | None) -> None:
+    """Raises ValueError unless :func:`pack` knows the format and can store such values in it."""
+    if format not in FORMATS:
+        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    if values not in VALUES:
+        raise ValueError(f"values: expected None or 'int8', got {values!r}")
+    if (format, values) in (("dense", None), ("compact", "int8")):
+        raise ValueError(f"format: expected 'dense' for int8 values only, 'compact' for others, got {format!r}")
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """q int8 ``[N, K]`` and s ``[N]`` in the weight's dtype, so that ``|weight[n] - s[n] q[n]| <= s[n] / 2``.
+
+    ``s[n]`` is the row's largest magnitude over 127, rounded to the dtype before q is found; 1 where that is 0.
+
+    Raises:
+        ValueError: an element is NaN or infinite.
+    """
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    largest = wide.abs().amax(1) if wide.shape[1] else wide.new_zeros(wide.shape[0])
+    if not bool(largest.isfinite().all()):
+        n = int(largest.isfinite().logical_not().nonzero()[0])
+        raise ValueError(f"weight: expected finite elements for int8 values, got {float(largest[n])} in row {n}")
+    scales = (largest / 127).to(weight.dtype)
+    # Rounded down, a scale of few bits may leave the largest element beyond 127.5: the next number up is taken then.
+    scales.view(_INTEGERS[scales.dtype]).add_(127.5 * scales.to(wide.dtype) < largest)
+    scales.masked_fill_(largest == 0, 1)
+    return (wide / scales.to(wide.dtype)[:, None]).round_().clamp_(-127, 127).to(torch.int8), scales
 
 
 def from_portable(
@@ -292,6 +363,7 @@ def from_portable(
     bitmask: Tensor,
     row_offsets: Tensor,
     pattern: str | None = None,
+    scales: Tensor | None = None,
 ) -> PackedWeight:
     """The packed weight of tensors stored in the portable form: validates them and derives what the format needs.
 
@@ -304,12 +376,20 @@ def from_portable(
     if pattern is not None and format != "nm":
         raise ValueError(f"pattern: expected None with format {format!r}, got {pattern!r}")
     N, K = shape
-    packed = PackedWeight("bitmap", (N, K), values, bitmask, row_offsets).validate()  # before any of it is used
+    packed = PackedWeight("bitmap", (N, K), values, bitmask, row_offsets, scales=scales)
+    packed.validate()  # before any of it is used
     if format == "nm":
         return dataclasses.replace(packed, format=format, pattern=pattern).validate()
     if format == "sliced":
         return dataclasses.replace(packed, format=format, sliced=_slice(values, bitmask, row_offsets, K))
     return _with_lanes(packed)
+
+
+def from_dense(values: Tensor, scales: Tensor) -> PackedWeight:
+    """The weight of format dense with these int8 values ``[N, K]`` and scales ``[N]``, which it validates."""
+    empty = torch.empty(0, dtype=torch.uint8, device=values.device)
+    shape = (values.shape[0], values.shape[1])
+    return PackedWeight("dense", shape, values, empty, empty.long(), scales=scales).validate()
 
 
 def expand_bits(bitmask: Tensor, K: int) -> Tensor:
@@ -336,7 +416,7 @@ def _select(weight: Tensor, keep: Tensor) -> Tensor:
     if weight.device.type != "cpu":
         return weight.masked_select(keep)
     # A third of masked_select's time. As integers: numpy has no bfloat16.
-    integers = weight.view(_INTEGERS[weight.dtype]).numpy()
+    integers = _as_integers(weight).numpy()
     return torch.from_numpy(np.compress(keep.numpy().ravel(), integers.ravel())).view(weight.dtype)
 
 
@@ -373,17 +453,17 @@ def _complete_groups(keep: Tensor, pattern: str) -> Tensor:
     return groups.view(N, K)
 
 
-def _choose(keep: Tensor) -> str:
+def _choose(keep: Tensor, values: str | None) -> str:
     N, K = keep.shape
     stored, total = int(keep.count_nonzero()), N * K
     rest = int(keep.any(1).sum()) * int(keep.any(0).sum())
-    if (rest < total or total == 0) and stored >= COMPACT_MIN_FILL * rest:
+    if values is None and (rest < total or total == 0) and stored >= COMPACT_MIN_FILL * rest:
         return "compact"
     if NM_MIN_DENSITY * total <= stored < total and _find_pattern(keep) is not None:
         return "nm"
     if stored <= (1 - SLICED_MIN_SPARSITY) * total and K <= SLICED_MAX_K:
         return "sliced"
-    return "bitmap"
+    return "bitmap" if values is None or stored <= BITMAP_MAX_DENSITY * total else "dense"
 
 
 def _pack_compact(weight: Tensor, keep: Tensor) -> PackedWeight:
@@ -420,6 +500,10 @@ def _with_lanes(packed: PackedWeight) -> PackedWeight:
 
 def _as_integers(t: Tensor) -> Tensor:
     return t.view(_INTEGERS[t.dtype]) if t.dtype.is_floating_point else t
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

@@ -18,12 +18,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fasticl import checkpoint, formats
-from fasticl.checkpoint import LAYOUTS, QUANT_METHOD, Header
+from fasticl.checkpoint import INT8_LAYOUTS, LAYOUTS, QUANT_METHOD, Header
 from fasticl.layers import find_mlps, is_linear, join
 from fasticl.nn import SparseLinear, SparseMLP, frozen_linear
 from fasticl.ops._registry import ACTIVATIONS
 
-_FORMATS = (*formats.FORMATS, "dense")
 _SPEC_KEYS = {"format", "shape", "pattern", "layout", "key"}
 
 
@@ -39,7 +38,7 @@ class FastICLConfig(QuantizationConfigMixin):
 
     Args:
         layers: linear -> ``format`` (of :func:`fasticl.pack`, or ``"dense"`` for one that only changed its size),
-            ``shape`` [N, K], and ``pattern`` of an n:m weight.
+            ``shape`` [N, K], ``pattern`` of an n:m weight, and ``layout`` where that is not ``sparse-bitmask``.
         mlps: MLP that runs as one op -> ``activation``.
         tensors: how many the checkpoint has, in all its files; None if unknown.
 
@@ -84,12 +83,16 @@ def _check_spec(name: str, spec: Any) -> None:
         raise ValueError(f"{name}: expected keys {', '.join(sorted(_SPEC_KEYS))}, got {', '.join(map(str, unknown))}")
     shape = spec.get("shape")
     for key, known, value in (
-        ("format", _FORMATS, spec.get("format")),
-        ("layout", tuple(LAYOUTS), spec.get("layout", "sparse-bitmask")),
+        ("format", formats.FORMATS, spec.get("format")),
+        ("layout", (*LAYOUTS, *INT8_LAYOUTS), spec.get("layout", "sparse-bitmask")),
         ("pattern", (None, *formats.PATTERNS), spec.get("pattern")),
     ):
         if not any(value is one or (isinstance(value, str) and value == one) for one in known):
             raise ValueError(f"{name}: {key}: expected one of {', '.join(map(str, known))}, got {value!r}")
+    if "layout" in spec and (spec["format"] == "dense") != (spec["layout"] == "int8-dense"):
+        raise ValueError(
+            f"{name}: expected format dense with layout int8-dense, got {spec['format']}, {spec['layout']}"
+        )
     if (key := spec.get("key", name)) not in (name, f"{name}.weight"):
         raise ValueError(f"{name}: key: expected the layer's or its weight's name, got {key!r}")
     if shape is not None and not (
@@ -108,7 +111,8 @@ class _Stored(nn.Module):
 
     def __init__(self, sizes: Mapping[str, list[int]], dtype: torch.dtype) -> None:
         super().__init__()
-        dtypes = {"compressed": dtype, "bitmask": torch.uint8}
+        compressed = torch.int8 if "scales" in sizes else dtype
+        dtypes = {"compressed": compressed, "scales": dtype, "bitmask": torch.uint8}
         for part, size in sizes.items():
             self.register_buffer(part, torch.empty(size, dtype=dtypes.get(part, torch.int64), device="meta"))
 
@@ -202,7 +206,7 @@ class FastICLQuantizer(HfQuantizer):
         if f"{name}.bias" in header:
             checkpoint.check_tensor(header, f"{name}.bias", floating, [K if transposed else N])
             bias = torch.empty(K if transposed else N, dtype=dtype, device="meta")
-        if spec["format"] == "dense":
+        if spec["format"] == "dense" and "layout" not in spec:
             checkpoint.check_tensor(header, f"{name}.weight", floating, [N, K])
             replacement: nn.Module = frozen_linear(torch.empty(N, K, dtype=dtype, device="meta"), bias)
         else:

@@ -78,8 +78,8 @@ def to_lanes(
         TypeError: the weight is of another dtype.
         ValueError: it is compact or too large, or splits are out of range.
     """
-    if packed.dtype not in DTYPES:
-        raise TypeError(f"lane streams: expected a weight of dtype bfloat16 or float16, got {packed.dtype}")
+    if packed.values.dtype not in DTYPES:
+        raise TypeError(f"lane streams: expected values of dtype bfloat16 or float16, got {packed.values.dtype}")
     if packed.format == "compact":
         raise ValueError("lane streams: expected format bitmap, sliced or nm, got compact")
     N, K = packed.shape
@@ -122,7 +122,7 @@ def derive_lanes(packed: PackedWeight) -> LaneStream | None:
     Taken are bitmap weights of bfloat16 or float16 on a CUDA device of compute capability 8.0 or newer, with
     ``fasticl._C_cuda`` built.
     """
-    if packed.device.type != "cuda" or packed.format != "bitmap" or packed.dtype not in DTYPES:
+    if packed.device.type != "cuda" or packed.format != "bitmap" or packed.values.dtype not in DTYPES:
         return None
     if int(packed.keep.sum()) != packed.values.numel():
         return None  # memory that is yet to be filled (nn.Module.to_empty)

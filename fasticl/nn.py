@@ -18,18 +18,22 @@ from fasticl.ops._registry import check_activation, needs_grad
 
 __all__ = ["FusedICLTransformer", "ICLTransformer", "SparseLinear", "SparseMLP"]
 
-_STORED = ("values", "bitmask", "row_offsets", "rows", "columns")  # in state_dict, where the format has them
+_STORED = ("values", "scales", "bitmask", "row_offsets", "rows", "columns")  # in state_dict, where the format has them
 _DERIVED = ("sliced_values", "steps", "slice_offsets", "row_order")  # the sliced layout; rebuilt on loading
-_OPERANDS = {  # what an op takes of each format, in its order
+_OPERANDS = {  # what an op takes of each format, in its order, besides scales
     "bitmap": ("values", "bitmask", "row_offsets"),
     "nm": ("values", "bitmask"),
     "sliced": ("values", "bitmask", "row_offsets", *_DERIVED),
     "compact": ("values",),
+    "dense": ("values",),
 }
-_CHECKED = {"bitmap": ops.bitmap_linear, "nm": ops.nm_linear, "sliced": ops.sliced_linear}
+_CHECKED = {
+    "bitmap": ops.bitmap_linear, "nm": ops.nm_linear, "sliced": ops.sliced_linear, "dense": ops.nm_linear,
+}  # fmt: skip
 _OPS = {
     "bitmap": torch.ops.fasticl.bitmap_linear, "nm": torch.ops.fasticl.nm_linear,
     "sliced": torch.ops.fasticl.sliced_linear,
+    "dense": lambda x, values, *rest, scales: torch.ops.fasticl.nm_linear(x, values, None, *rest, scales),
 }  # fmt: skip
 
 
@@ -78,13 +82,15 @@ class SparseLinear(nn.Module):
     Shapes: x ``[..., K]`` of the weight's dtype, y ``[..., N]``. Under autocast x is cast to the weight's dtype, and y
     to autocast's, which is what nn.Linear returns there.
 
-    state_dict holds the portable form (``values``, ``bitmask``, ``row_offsets``, and for compact weights ``rows`` and
-    ``columns``) and ``bias``. A state with another number of values loads too, after it was validated; layouts derived
-    from it are rebuilt. The weight gets no gradient; x and a bias that requires one do, through the reference, which
-    is slow: run inference under ``torch.inference_mode()``.
+    state_dict holds the portable form (``values``, ``bitmask``, ``row_offsets``, for int8 values ``scales``, for
+    compact weights ``rows`` and ``columns``) and ``bias``. A state with another number of values loads too, after it
+    was validated; layouts derived from it are rebuilt. A cast reaches scales, but not int8 values. The weight gets no
+    gradient; x and a bias that requires one do, through the reference, which is slow: run inference under
+    ``torch.inference_mode()``.
     """
 
     values: Tensor
+    scales: Tensor | None
     bitmask: Tensor
     row_offsets: Tensor
     rows: Tensor | None
@@ -109,20 +115,21 @@ class SparseLinear(nn.Module):
         self._hold(packed)
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, format: str = "auto") -> SparseLinear:
+    def from_linear(cls, linear: nn.Module, format: str = "auto", values: str | None = None) -> SparseLinear:
         """Packs the weight of an ``nn.Linear``, a GPT-2 ``Conv1D`` or another SparseLinear.
 
-        ``format`` is that of :func:`fasticl.pack`, except that elements equal to -0.0, which a mask that was multiplied
-        on leaves behind, are dropped like other zeros.
+        ``format`` and ``values`` are those of :func:`fasticl.pack`, except that elements equal to -0.0, which a mask
+        that was multiplied on leaves behind, are dropped like other zeros.
 
         Raises:
             TypeError: ``linear`` is none of these layers, or its dtype cannot be packed.
-            ValueError: the format is unknown, or the weight does not fit it.
+            ValueError: the format or values are unknown, or the weight does not fit them.
         """
         weight, bias = dense_weight(linear).detach(), dense_bias(linear)
         if not weight.is_floating_point():  # of quantized layers; adding 0.0 would make it float
             raise TypeError(f"linear.weight: expected a floating-point dtype, got {weight.dtype}")
-        return cls(formats.pack(weight + 0.0, format), bias).train(linear.training)  # -0.0 + 0.0 is 0.0
+        packed = formats.pack(weight + 0.0, format, values=values)  # -0.0 + 0.0 is 0.0
+        return cls(packed, bias).train(linear.training)
 
     def _hold(self, packed: PackedWeight) -> None:
         self.format, self.pattern = packed.format, packed.pattern
@@ -141,7 +148,7 @@ class SparseLinear(nn.Module):
             sliced = SlicedLayout(*(getattr(self, name) for name in _DERIVED))
         return PackedWeight(
             self.format, (self.out_features, self.in_features), self.values, self.bitmask, self.row_offsets,
-            self.pattern, self.rows, self.columns, sliced, self._lanes,
+            self.pattern, self.rows, self.columns, sliced, self._lanes, self.scales,
         )  # fmt: skip
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
@@ -158,12 +165,15 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # One call takes microseconds on a small layer: what fits goes straight to the op, the rest through its checks.
-        operands, bias = _operands(self), self._parameters["bias"]
+        (operands, scales), bias = _operands(self), self._parameters["bias"]
+        typed = operands[0] if scales is None else scales
         if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
-            return _without_autocast(self.forward, x, operands[0].dtype)
+            return _without_autocast(self.forward, x, typed.dtype)
         if self.format == "compact":
             return self._compact_linear(x)
-        if _fits(x, self.in_features, operands[0], bias) and not needs_grad(x, bias):
+        if _fits(x, self.in_features, typed, bias) and not needs_grad(x, bias):
+            if scales is not None:
+                return _OPS[self.format](x, *operands, bias, None, scales=scales)
             if self._lanes is not None:
                 return _OPS[self.format](x, *operands, bias, None, self._lanes.tensors, self._lanes.plan)
             return _OPS[self.format](x, *operands, bias, None)
@@ -193,7 +203,8 @@ class SparseLinear(nn.Module):
         for name in _STORED:
             old, new = self._buffers[name], state_dict.get(prefix + name)
             if old is not None and isinstance(new, Tensor):  # another weight has other counts: take the new sizes
-                dtype = old.dtype if old.is_floating_point() else new.dtype  # an index of another dtype is refused
+                both = old.is_floating_point() and new.is_floating_point()
+                dtype = old.dtype if both else new.dtype  # integers of another dtype are refused
                 setattr(self, name, torch.empty_like(new, device=old.device, dtype=dtype))
             elif old is not None:
                 setattr(self, name, old.clone())  # assignment below must not reach what is held
@@ -202,12 +213,13 @@ class SparseLinear(nn.Module):
         )
         try:
             loaded = self.packed
-            if self.format == "compact":
+            if self.format in ("compact", "dense"):
                 loaded.validate()
             else:
                 loaded = formats.from_portable(
-                    self.format, loaded.shape, loaded.values, loaded.bitmask, loaded.row_offsets, self.pattern
-                )
+                    self.format, loaded.shape, loaded.values, loaded.bitmask, loaded.row_offsets, self.pattern,
+                    loaded.scales,
+                )  # fmt: skip
         except ValueError as error:  # a kernel must never see it
             error_msgs.append(f"{prefix.removesuffix('.') or 'SparseLinear'}: {error}")
             loaded = held
@@ -215,9 +227,10 @@ class SparseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         pattern = f", pattern={self.pattern}" if self.pattern else ""
+        values = "" if self.scales is None else ", values=int8"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"format={self.format}{pattern}, density={self.packed.density:.3f}"
+            f"format={self.format}{pattern}{values}, density={self.packed.density:.3f}"
         )
 
 
@@ -228,7 +241,7 @@ class SparseMLP(nn.Module):
     :class:`SparseLinear`.
 
     Args:
-        up, down, gate: ``nn.Linear`` or :class:`SparseLinear` (format bitmap, nm or sliced), used as they are.
+        up, down, gate: ``nn.Linear`` or :class:`SparseLinear` (any format but compact), used as they are.
         activation: None, ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``.
 
     Raises:
@@ -264,16 +277,18 @@ class SparseMLP(nn.Module):
     @classmethod
     def from_linears(
         cls, up: nn.Module, down: nn.Module, gate: nn.Module | None = None, *, activation: str | None,
-        format: str = "compact",
+        format: str = "compact", values: str | None = None,
     ) -> SparseMLP:  # fmt: skip
         """Packs the linears (``nn.Linear``, Conv1D) of an MLP; ``"compact"`` removes dead hidden neurons instead.
 
         A neuron is dead, and removed, where its row of up is zero and so is its bias, or its row of gate is, or its
         column of down is zero: then it adds nothing to the output (every activation maps 0 to 0). The layers left are
-        dense and smaller. Other formats are those of :func:`fasticl.pack`.
+        dense and smaller. Other formats, and ``values``, are those of :func:`fasticl.pack`.
         """
-        if format != "compact":
-            parts = [None if part is None else SparseLinear.from_linear(part, format) for part in (up, down, gate)]
+        if format != "compact" or values is not None:
+            parts = [
+                None if part is None else SparseLinear.from_linear(part, format, values) for part in (up, down, gate)
+            ]
             return cls(*parts, activation=activation)  # type: ignore[arg-type]
         alive = dense_weight(down).ne(0).any(0)
         for part in (up, gate):
@@ -293,45 +308,47 @@ class SparseMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         up, down, gate = self.up, self.down, self.gate
         parts = (up, down) if gate is None else (up, down, gate)
-        operands, biases = [_operands(part) for part in parts], [part.bias for part in parts]
+        weights, biases = [_operands(part) for part in parts], [part.bias for part in parts]
+        typed = [tensors[0] if scales is None else scales for tensors, scales in weights]
         if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
-            return _without_autocast(self.forward, x, operands[0][0].dtype)
+            return _without_autocast(self.forward, x, typed[0].dtype)
         fits = down.in_features == up.out_features and (
             gate is None or (gate.out_features, gate.in_features) == (up.out_features, up.in_features)
         )
-        for weight, bias in zip(operands, biases, strict=True):
-            fits = fits and _fits(x, up.in_features, weight[0], bias) and not needs_grad(x, weight[0], bias)
+        for weight, bias in zip(typed, biases, strict=True):
+            fits = fits and _fits(x, up.in_features, weight, bias) and not needs_grad(x, weight, bias)
         up_bias, down_bias, gate_bias = biases if gate is not None else (*biases, None)
         if fits:
-            gate_operands = None if gate is None else operands[2]
+            flat = [tensors if scales is None else [*tensors, scales] for tensors, scales in weights]
+            gate_tensors = None if gate is None else flat[2]
             return torch.ops.fasticl.fused_mlp(
-                x, operands[0], operands[1], gate_operands, up_bias, down_bias, gate_bias, self.activation
+                x, flat[0], flat[1], gate_tensors, up_bias, down_bias, gate_bias, self.activation
             )
-        weights = [part.packed if isinstance(part, SparseLinear) else part.weight for part in parts]
+        packed = [part.packed if isinstance(part, SparseLinear) else part.weight for part in parts]
         return ops.fused_mlp(
-            x, *weights, activation=self.activation, up_bias=up_bias, down_bias=down_bias, gate_bias=gate_bias
+            x, *packed, activation=self.activation, up_bias=up_bias, down_bias=down_bias, gate_bias=gate_bias
         )
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"
 
 
-def _operands(linear: Any) -> list[Any]:
-    """The tensors of a weight, values first, as the ops take them."""
+def _operands(linear: Any) -> tuple[list[Any], Tensor | None]:
+    """The tensors of a weight, values first, as the ops take them, and the scales of int8 values."""
     if isinstance(linear, SparseLinear):
         buffers = linear._buffers  # nn.Module's attribute lookup would take half a microsecond each
-        return [buffers[name] for name in _OPERANDS[linear.format]]
-    return [linear.weight]
+        return [buffers[name] for name in _OPERANDS[linear.format]], buffers["scales"]
+    return [linear.weight], None
 
 
-def _fits(x: Any, K: int, values: Tensor, bias: Tensor | None) -> bool:
-    """Whether ``x`` has K features, and weight and bias its dtype and device."""
+def _fits(x: Any, K: int, typed: Tensor, bias: Tensor | None) -> bool:
+    """Whether ``x`` has K features, and bias and ``typed``, a tensor in the weight's dtype, its dtype and device."""
     if not isinstance(x, Tensor) or x.shape[-1:] != (K,):
         return False
     dtype, device = x.dtype, x.device
     return (
-        values.dtype == dtype
-        and values.device == device
+        typed.dtype == dtype
+        and typed.device == device
         and (bias is None or (bias.dtype == dtype and bias.device == device))
     )
 

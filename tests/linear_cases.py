@@ -44,11 +44,12 @@ TOKENS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 64, 65, 80, 96, 100)
 
 @dataclass(frozen=True)
 class Op:
-    """An op with the format, and for nm the pattern, of its weight."""
+    """An op with the format, for nm the pattern, and the values (None or "int8") of its weight."""
 
     name: str
     format: str
     pattern: str | None = None
+    values: str | None = None
 
     def columns(self, K: int) -> int:
         """K, rounded up to whole groups."""
@@ -69,7 +70,7 @@ class Op:
         return self.prune(torch.randn(N, K).to(dtype), torch.rand(N, K) < density)
 
     def pack(self, weight: Tensor) -> PackedWeight:
-        return fasticl.pack(weight, self.format, pattern=self.pattern)
+        return fasticl.pack(weight, self.format, pattern=self.pattern, values=self.values)
 
     def __call__(
         self, x: Tensor, packed: PackedWeight, bias: Tensor | None = None, activation: str | None = None
@@ -102,12 +103,24 @@ def double(x: Tensor | None) -> Tensor | None:
 def assert_as_dense(
     op: Op, x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, tokens=(None,)
 ) -> None:
-    """The op on the first M rows of x, for each M of tokens, against the truth."""
+    """The op on the first M rows of x, for each M of tokens, against the truth.
+
+    Of int8 values that is of the weight that they stand for, and PyTorch's result is its best: float32, rounded once.
+    """
     packed = op.pack(weight)
-    truth = dense(x.double(), weight.double(), double(bias), activation)
-    pytorch_result = dense(x, weight, bias, activation)
-    for M in tokens:
-        assert_close_to_truth(op(x[:M], packed, bias, activation), truth[:M], pytorch_result[:M])
+    if packed.scales is None:
+        truth = dense(x.double(), weight.double(), double(bias), activation)
+        pytorch_result = dense(x, weight, bias, activation)
+    else:
+        exact = packed.unpack_values().double() * packed.scales.double()[:, None]
+        truth = dense(x.double(), exact, double(bias), activation)
+        wide = None if bias is None else bias.float()
+        pytorch_result = dense(x.float(), exact.float(), wide, activation).to(x.dtype)
+    results = [(op(x[:M], packed, bias, activation), truth[:M], pytorch_result[:M]) for M in tokens]
+    if packed.scales is not None:  # together: of a few elements float32 may have all right by chance
+        results = [tuple(map(torch.cat, zip(*results, strict=True)))]
+    for result in results:
+        assert_close_to_truth(*result)
 
 
 class LinearCases:
@@ -137,6 +150,22 @@ class LinearCases:
         N, K = SHAPES[shape]
         weight = op.weight(N, K, dtype=dtype)
         assert_as_dense(op, torch.randn(max(TOKENS), weight.shape[1]).to(dtype), weight, tokens=TOKENS)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_int8_values(self, op: Op, isa: str, shape: str, dtype: torch.dtype) -> None:
+        op = dataclasses.replace(op, values="int8")
+        weight = op.weight(*SHAPES[shape], dtype=dtype)
+        weight *= 2.0 ** torch.randint(-4, 5, (len(weight), 1))  # rows have scales of their own
+        assert_as_dense(op, torch.randn(max(TOKENS), weight.shape[1]).to(dtype), weight, tokens=TOKENS)
+
+    @pytest.mark.parametrize("density", [0.0, 0.005, 0.5, 1.0])
+    def test_int8_densities_with_bias(self, op: Op, isa: str, density: float) -> None:
+        op = dataclasses.replace(op, values="int8")
+        for dtype in DTYPES:
+            weight, bias = op.weight(67, 200, density, dtype), torch.randn(67).to(dtype)
+            x = torch.randn(577, weight.shape[1]).to(dtype)
+            assert_as_dense(op, x, weight, bias, "silu", tokens=(1, 3, 8, 9, 20, 65, 577))
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_more_tokens_than_one_pass_packs(self, op: Op, isa: str, dtype: torch.dtype) -> None:
@@ -209,6 +238,7 @@ class LinearCases:
         N, M = data.draw(st.integers(0, 70), "N"), data.draw(st.integers(0, 70), "M")
         K = op.columns(data.draw(st.integers(0, 200), "K"))
         dtype = data.draw(st.sampled_from(DTYPES), "dtype")
+        op = dataclasses.replace(op, values=data.draw(st.sampled_from([None, "int8"]), "values"))
         kinds = st.sampled_from(["none", "all", "first", "last", "half", "few"])
         rows = data.draw(st.lists(kinds, min_size=N, max_size=N), "rows")
         keep = torch.zeros(N, K, dtype=torch.bool)
@@ -295,12 +325,16 @@ class LinearCases:
         for M in (2, 16):
             assert torch.equal(op(x[:M], op.pack(weight)), F.linear(x[:M], weight))
 
+    @pytest.mark.parametrize("values", [None, "int8"])
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("shift", [0, 1])
-    def test_nothing_outside_is_read_or_written(self, op: Op, isa: str, shift: int, dtype: torch.dtype) -> None:
+    def test_nothing_outside_is_read_or_written(
+        self, op: Op, isa: str, shift: int, dtype: torch.dtype, values: str | None
+    ) -> None:
         """Between guard bytes, with gaps of NaN between the rows of x and y, aligned and off by one element."""
-        N, gap = 83, 3
+        N, gap, op = 83, 3, dataclasses.replace(op, values=values)
         weight, bias = op.weight(N, 165, 0.5, dtype), torch.randn(N).to(dtype)
+        weight = weight if values is None else exact_in_int8(weight)
         K = weight.shape[1]
         checks = []
 
@@ -324,6 +358,7 @@ class LinearCases:
     @staticmethod
     def guard_weight(packed: PackedWeight, guard) -> PackedWeight:
         fields = {name: guard(getattr(packed, name)) for name in ("values", "bitmask", "row_offsets")}
+        fields["scales"] = None if packed.scales is None else guard(packed.scales)
         if packed.sliced is not None:
             fields["sliced"] = type(packed.sliced)(**{name: guard(t) for name, t in vars(packed.sliced).items()})
         return dataclasses.replace(packed, **fields)
@@ -379,6 +414,13 @@ class LinearCases:
         for gradient in zip(gradients(ours, x, bias), truth, gradients(dense, x, bias, weight), strict=True):
             assert_close_to_truth(*gradient)
 
+    def test_gradients_with_int8_values(self, op: Op) -> None:
+        weight = exact_in_int8(op.weight(6, 16, 0.5)).double()
+        packed = dataclasses.replace(op, values="int8").pack(weight)
+        x, bias = torch.randn(3, 16).double().requires_grad_(), torch.randn(6).double().requires_grad_()
+        torch.testing.assert_close(op(x, packed, bias, "silu"), dense(x, weight, bias, "silu"))
+        assert torch.autograd.gradcheck(lambda x, bias: op(x, packed, bias, "silu"), (x, bias))
+
     def test_without_gradients_the_kernel_runs(self, op: Op) -> None:
         weight, bias = op.weight(12, 32), torch.randn(12)
         packed, x = op.pack(weight), torch.randn(3, 32)
@@ -399,10 +441,14 @@ class LinearCases:
         weight = op.weight(24, 40, dtype=dtype)
         x, bias = torch.randn(2, tokens, weight.shape[1]).to(dtype), torch.randn(24).to(dtype) if with_bias else None
         torch.library.opcheck(op.overload, (x, *self.operator_arguments(op.pack(weight)), bias, "silu"))
+        packed = dataclasses.replace(op, values="int8").pack(weight)
+        arguments = (x, *self.operator_arguments(packed), bias, "silu")
+        torch.library.opcheck(op.overload, arguments, {"scales": packed.scales})
 
-    def test_compiles_to_one_graph(self, op: Op) -> None:
+    @pytest.mark.parametrize("values", [None, "int8"])
+    def test_compiles_to_one_graph(self, op: Op, values: str | None) -> None:
         weight, bias = op.weight(24, 40), torch.randn(24)
-        packed = op.pack(weight)
+        packed = dataclasses.replace(op, values=values).pack(weight)
         torch.compiler.reset()
 
         def function(x: Tensor) -> Tensor:
@@ -437,6 +483,19 @@ class LinearCases:
         for error, message, arguments in cases:
             with pytest.raises(error, match=message):
                 op(*arguments)
+
+
+def exact_in_int8(weight: Tensor) -> Tensor:
+    """A weight like this one that int8 values hold exactly, in any dtype: its scales are powers of two."""
+    largest = weight.abs().amax(1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
+    return (
+        (weight.double() / largest * 127).round().mul(2.0 ** torch.randint(-10, -6, (len(weight), 1))).to(weight.dtype)
+    )
+
+
+def kernel_values(values: Tensor, packed: PackedWeight) -> tuple[int, int, int]:
+    """What all kernels take of a weight's values, in the layout of the kernel, and its scales."""
+    return values.data_ptr(), registry.VALUE_DTYPES[values.dtype], registry.address(packed.scales)
 
 
 def kernel_edge(x: Tensor, y: Tensor, bias: Tensor | None, activation: str | None) -> tuple[tuple, tuple]:

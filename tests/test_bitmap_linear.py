@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from linear_cases import LinearCases, Op, kernel_edge
+from linear_cases import LinearCases, Op, kernel_edge, kernel_values
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,7 +24,8 @@ class TestBitmapLinear(LinearCases):
         self, x: Tensor, packed: PackedWeight, bias: Tensor | None, activation: str | None, y: Tensor
     ) -> None:
         before, after = kernel_edge(x, y, bias, activation)
-        _C.bitmap_linear(*before, *(t.data_ptr() for t in self.operator_arguments(packed)), *packed.shape, *after)
+        portable = (packed.bitmask.data_ptr(), packed.row_offsets.data_ptr())
+        _C.bitmap_linear(*before, *kernel_values(packed.values, packed), *portable, *packed.shape, *after)
 
 
 @pytest.mark.parametrize("format", ["sliced", "nm"])

@@ -718,9 +718,3 @@ def test_transformers_without_the_plug_in_is_imported(monkeypatch: pytest.Monkey
 def test_one_device_may_be_named(saved: Path) -> None:
     for device_map in ("cpu", {"": "cpu"}):
         assert len(packed(AutoModelForCausalLM.from_pretrained(saved, device_map=device_map))) == 14
-
-
-def test_formats_are_those_of_pack() -> None:
-    from fasticl.huggingface import _FORMATS
-
-    assert set(_FORMATS) == {*formats.FORMATS, "dense"}

@@ -296,7 +296,7 @@ def test_sliced_steps_replay_the_weight(N: int, K: int, density: float) -> None:
 def example(format: str, dtype: torch.dtype = torch.float32) -> PackedWeight:
     weight = pruned(20, 32, 0.9, "2:4", dtype)
     weight[:, :4] = 0
-    return pack(weight, format)
+    return pack(weight, format, values="int8" if format == "dense" else None)
 
 
 def tensors_of(packed: PackedWeight) -> dict[str, Tensor]:
@@ -378,7 +378,7 @@ ODD = (20, 30)  # K no multiple of 8: a mask with tail bits
     ("format", "field", "change", "message"),
     [
         corruption("bitmap", "format", lambda p: "csr",
-                   "format: expected one of bitmap, sliced, nm, compact, got 'csr'"),
+                   "format: expected one of bitmap, sliced, nm, compact, dense, got 'csr'"),
         corruption("bitmap", "format", lambda p: "auto", "format: expected one of .*, got 'auto'"),
         corruption("bitmap", "shape", lambda p: (-1, 30), r"shape: expected sizes >= 0, got \[-1, 30\]"),
         corruption("bitmap", "shape", lambda p: (21, 30), r"bitmask: expected .*\[21, 4\], got .*\[20, 4\]"),

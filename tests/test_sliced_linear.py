@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from linear_cases import DTYPES, LinearCases, Op, assert_as_dense, kernel_edge
+from linear_cases import DTYPES, LinearCases, Op, assert_as_dense, kernel_edge, kernel_values
 from torch import Tensor
 
 import fasticl
@@ -27,7 +27,8 @@ class TestSlicedLinear(LinearCases):
     ) -> None:
         assert packed.sliced is not None
         before, after = kernel_edge(x, y, bias, activation)
-        layout = [t.data_ptr() for t in vars(packed.sliced).values()]
+        values, *rest = vars(packed.sliced).values()
+        layout = (*kernel_values(values, packed), *(t.data_ptr() for t in rest))
         _C.sliced_linear(*before, packed.shape[1], *layout, packed.sliced.slice_offsets.shape[0] - 1, *after)
 
 

@@ -16,10 +16,14 @@ def dense_from_bitmap(values: Tensor, bitmask: Tensor, K: int) -> Tensor:
     return dense.masked_scatter(keep, values.reshape(-1))
 
 
-def reference_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    """``act(x @ weight.T + bias)`` in float32 or wider, rounded once to ``x.dtype``."""
+def reference_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, scales: Tensor | None = None
+) -> Tensor:
+    """``act(scales * (x @ weight.T) + bias)`` in float32 or wider, rounded once to ``x.dtype``."""
     wide = torch.promote_types(x.dtype, torch.float32)
     y = x.to(wide) @ weight.to(wide).T
+    if scales is not None:
+        y = y * scales.to(wide)
     if bias is not None:
         y = y + bias.to(wide)
     return registry.apply_activation(y, activation).to(x.dtype)

@@ -19,9 +19,10 @@ from torch import Tensor
 from fasticl import _C
 
 LIBRARY = torch.library.Library("fasticl", "DEF")
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/cpu.h
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/types.h
+VALUE_DTYPES = {**DTYPES, torch.int8: 3}  # of a weight's values
 MIN_CAPABILITY = (8, 0)  # of a card that runs the Triton kernels: bfloat16 and asynchronous copies
-ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}  # as in csrc/cpu.h
+ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}  # as in csrc/types.h
 
 REFERENCE = "reference (PyTorch)"
 
@@ -76,15 +77,20 @@ def implementations() -> dict[str, dict[str, str]]:
 
 
 def by_triton(op: str, reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The op on CUDA tensors: its Triton kernel where one runs and takes the dtype, else its reference."""
+    """The op on CUDA tensors: its Triton kernel where one runs and takes the dtypes, else its reference."""
 
     def compute(x: Tensor, *rest: object) -> Tensor:
-        if x.dtype not in DTYPES or not runs_triton(x.device):
+        if x.dtype not in DTYPES or any(map(_has_int8, rest)) or not runs_triton(x.device):
             return reference(x, *rest)
         with torch.cuda.device_of(x):  # Triton launches on the current device
             return importlib.import_module(f"fasticl.kernels.{op}").launch(x, *rest)
 
     return compute
+
+
+def _has_int8(argument: object) -> bool:
+    tensors = argument if isinstance(argument, list) else [argument]
+    return any(isinstance(t, Tensor) and t.dtype == torch.int8 for t in tensors)
 
 
 @cache

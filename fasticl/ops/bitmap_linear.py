@@ -24,12 +24,15 @@ def bitmap_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, a
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16, any strides; float64 runs the reference.
         weight: ``[N, K]`` from :func:`fasticl.pack` in format ``"bitmap"`` (or ``"sliced"`` or ``"nm"``, whose portable
-            form is the same), of ``x``'s dtype.
+            form is the same), of ``x``'s dtype; its values may be int8.
         bias: ``[N]`` of ``x``'s dtype, or None.
         activation: None, ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``.
 
     Returns:
         ``[..., N]`` in ``x.dtype``; products accumulate in float32, the result is rounded once.
+
+    Int8 values are multiplied as integers times float32, and each sum by its row's scale: nothing else is rounded. On
+    CUDA they run the reference.
 
     Where a weight is not stored, a few tokens (at most 8, 4 without AVX-512, and fewer the sparser the weight) are
     multiplied by zero, more are not: an infinite or NaN x there gives NaN, as in the dense product, or nothing. On CUDA
@@ -41,51 +44,53 @@ def bitmap_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, a
     """
     _linear.check_linear("bitmap_linear", x, weight, bias, activation, ("bitmap", "sliced", "nm"))
     arguments = (x, weight.values, weight.bitmask, weight.row_offsets, bias, activation)
-    if registry.needs_grad(x, weight.values, bias):
-        return reference(*arguments)
+    if registry.needs_grad(x, weight.values, bias, weight.scales):
+        return reference(*arguments, scales=weight.scales)
     if weight.lanes is not None:
         return torch.ops.fasticl.bitmap_linear(*arguments, weight.lanes.tensors, weight.lanes.plan)
-    return torch.ops.fasticl.bitmap_linear(*arguments)
+    return torch.ops.fasticl.bitmap_linear(*arguments, scales=weight.scales)
 
 
 def reference(
     x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, bias: Tensor | None, activation: str | None,
-    lanes: list[Tensor] | None = None, plan: list[int] | None = None,
+    lanes: list[Tensor] | None = None, plan: list[int] | None = None, scales: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     dense = _linear.dense_from_bitmap(values, bitmask, x.shape[-1])
-    return _linear.reference_linear(x, dense, bias, activation)
+    return _linear.reference_linear(x, dense, bias, activation, scales)
 
 
 def _fake(
     x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, bias: Tensor | None, activation: str | None,
-    lanes: list[Tensor] | None = None, plan: list[int] | None = None,
+    lanes: list[Tensor] | None = None, plan: list[int] | None = None, scales: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return _linear.fake_linear(x, bitmask.shape[0])
 
 
 def cpu(
     x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, bias: Tensor | None, activation: str | None,
-    lanes: list[Tensor] | None = None, plan: list[int] | None = None,
+    lanes: list[Tensor] | None = None, plan: list[int] | None = None, scales: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     if not _linear.kernel_takes(x):
-        return reference(x, values, bitmask, row_offsets, bias, activation)
+        return reference(x, values, bitmask, row_offsets, bias, activation, scales=scales)
     N, K = bitmask.shape[0], x.shape[-1]
     x2, M, stride = registry.rows(x)
     bias = registry.contiguous(bias)
     y = x.new_empty((*x.shape[:-1], N))
     _C.bitmap_linear(
-        x2.data_ptr(), M, stride, values.data_ptr(), bitmask.data_ptr(), row_offsets.data_ptr(), N, K,
-        registry.address(bias), registry.ACTIVATIONS[activation], y.data_ptr(), N, registry.DTYPES[x.dtype],
-        torch.get_num_threads(),
+        x2.data_ptr(), M, stride, values.data_ptr(), registry.VALUE_DTYPES[values.dtype], registry.address(scales),
+        bitmask.data_ptr(), row_offsets.data_ptr(), N, K, registry.address(bias), registry.ACTIVATIONS[activation],
+        y.data_ptr(), N, registry.DTYPES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return y
 
 
 def cuda(
     x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, bias: Tensor | None, activation: str | None,
-    lanes: list[Tensor] | None = None, plan: list[int] | None = None,
+    lanes: list[Tensor] | None = None, plan: list[int] | None = None, scales: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """``lanes`` and ``plan`` are those of :class:`fasticl.lane_stream.LaneStream`; without them Triton computes."""
+    if scales is not None:
+        return reference(x, values, bitmask, row_offsets, bias, activation, scales=scales)
     if lanes is None or plan is None:
         return _triton(x, values, bitmask, row_offsets, bias, activation)
     x2, M, stride = registry.rows(x)
@@ -114,7 +119,7 @@ _triton = registry.by_triton("bitmap_linear", reference)
 
 registry.define(
     "bitmap_linear(Tensor x, Tensor values, Tensor bitmask, Tensor row_offsets, Tensor? bias, str? activation, "
-    "Tensor[]? lanes=None, int[]? plan=None) -> Tensor",
+    "Tensor[]? lanes=None, int[]? plan=None, Tensor? scales=None) -> Tensor",
     reference=reference,
     fake=_fake,
     cpu=cpu,

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fasticl import _C
 from fasticl.formats import PackedWeight
 from fasticl.ops import _linear
 from fasticl.ops import _registry as registry
@@ -34,8 +33,8 @@ def fused_mlp(
     ``h = act(x @ gate.T + gate_bias) * (x @ up.T + up_bias)``.
 
     A weight is a dense tensor (after neurons were removed, simply a smaller one) or a packed weight of format bitmap,
-    nm or sliced. The activation is applied where the kernel still has its sums in registers; h ``[tokens, H]`` stays in
-    cache and never becomes a tensor that the caller sees.
+    nm, sliced or dense, whose values may be int8. The activation is applied where the kernel still has its sums in
+    registers; h ``[tokens, H]`` stays in cache and never becomes a tensor that the caller sees.
 
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16; float64 runs the reference.
@@ -78,7 +77,9 @@ def reference(
     down_bias: Tensor | None, gate_bias: Tensor | None, activation: str | None,
 ) -> Tensor:  # fmt: skip
     def linear(x: Tensor, weight: list[Tensor], bias: Tensor | None, activation: str | None) -> Tensor:
-        return _linear.reference_linear(x, _dense(weight, x.shape[-1]), bias, activation)
+        (values, *rest), scales = _split(weight)
+        dense = _linear.dense_from_bitmap(values, rest[0], x.shape[-1]) if rest else values
+        return _linear.reference_linear(x, dense, bias, activation, scales)
 
     h = linear(x, up, up_bias, activation if gate is None else None)
     if gate is not None:
@@ -90,7 +91,8 @@ def _fake(
     x: Tensor, up: list[Tensor], down: list[Tensor], gate: list[Tensor] | None, up_bias: Tensor | None,
     down_bias: Tensor | None, gate_bias: Tensor | None, activation: str | None,
 ) -> Tensor:  # fmt: skip
-    return _linear.fake_linear(x, down[0].shape[0] if len(down) == 1 else down[1].shape[0])
+    (values, *rest), _ = _split(down)
+    return _linear.fake_linear(x, (rest[0] if rest else values).shape[0])
 
 
 def _cpu(
@@ -107,32 +109,30 @@ def _cpu(
 
 def linear(x: Tensor, weight: list[Tensor], bias: Tensor | None, activation: str | None) -> Tensor:
     """``act(x @ weight.T + bias)`` on the CPU, by the kernel of the flattened weight's format."""
-    return _KERNELS[len(weight)](x, *weight, bias, activation)
+    tensors, scales = _split(weight)
+    return _KERNELS[len(tensors)](x, *tensors, bias, activation, scales=scales)
 
 
-def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    """The row kernel on a dense weight for a few tokens; torch's matmul beyond."""
-    N, K = weight.shape
+def dense_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, scales: Tensor | None = None
+) -> Tensor:
+    """The row kernel on a dense weight for a few tokens, or any number if it is int8; else torch's matmul."""
+    if scales is not None:
+        return nm_cpu(x, weight, None, bias, activation, scales)
+    K = weight.shape[1]
     M = x.numel() // K if K else 0
     least, most = DENSE_TOKENS[x.dtype]
     if not least <= M <= most or weight.stride() != (K, 1):
         return registry.apply_activation(torch.nn.functional.linear(x, weight, bias), activation)
-    x2, M, stride = registry.rows(x)
-    bias = registry.contiguous(bias)
-    y = x.new_empty((*x.shape[:-1], N))
-    _C.nm_linear(
-        x2.data_ptr(), M, stride, weight.data_ptr(), 0, N, K, K, registry.address(bias),
-        registry.ACTIVATIONS[activation], y.data_ptr(), N, registry.DTYPES[x.dtype], torch.get_num_threads(),
-    )  # fmt: skip
-    return y
+    return nm_cpu(x, weight, None, bias, activation)
 
 
-# By the number of tensors that a flattened weight has.
+# By the number of tensors that a flattened weight has, besides its scales.
 _KERNELS: dict[int, Callable[..., Tensor]] = {1: dense_linear, 2: nm_cpu, 3: bitmap_cpu, 7: sliced_cpu}
 
 
 def _flatten(name: str, x: Tensor, weight: Tensor | PackedWeight, shape: tuple[int | str, int | str]) -> list[Tensor]:
-    """The tensors of a checked weight: 1 dense, 2 nm, 3 bitmap, 7 sliced."""
+    """The tensors of a checked weight: 1 dense, 2 nm, 3 bitmap, 7 sliced; of int8 values their scales behind them."""
     name = f"fused_mlp: {name}"
     if isinstance(weight, Tensor):
         registry.check_dtype(name, weight, x.dtype)
@@ -143,21 +143,20 @@ def _flatten(name: str, x: Tensor, weight: Tensor | PackedWeight, shape: tuple[i
         raise TypeError(f"{name}: expected a torch.Tensor or a PackedWeight, got {type(weight).__name__}")
     if weight.format == "compact":
         raise ValueError(f"{name}: expected format bitmap, nm or sliced (or the dense rest as a tensor), got compact")
-    registry.check_dtype(name, weight.values, x.dtype)
+    registry.check_dtype(name, weight.values if weight.scales is None else weight.scales, x.dtype)
     registry.check_device(name, weight.values, x.device)
     for size, want in zip(weight.shape, shape, strict=True):
         if isinstance(want, int) and size != want:
             raise ValueError(f"{name}: expected shape [{shape[0]}, {shape[1]}], got {list(weight.shape)}")
-    if weight.format == "nm":
-        return [weight.values, weight.bitmask]
-    portable = [weight.values, weight.bitmask, weight.row_offsets]
-    if (layout := weight.sliced) is None:
-        return portable
-    return [*portable, layout.values, layout.steps, layout.slice_offsets, layout.row_order]
+    tensors = [weight.values, weight.bitmask, weight.row_offsets]
+    tensors = tensors[: {"dense": 1, "nm": 2}.get(weight.format, 3)]
+    tensors += [] if weight.sliced is None else vars(weight.sliced).values()
+    return tensors if weight.scales is None else [*tensors, weight.scales]
 
 
-def _dense(weight: list[Tensor], K: int) -> Tensor:
-    return weight[0] if len(weight) == 1 else _linear.dense_from_bitmap(weight[0], weight[1], K)
+def _split(weight: list[Tensor]) -> tuple[list[Tensor], Tensor | None]:
+    """A flattened weight without its scales, and those."""
+    return (weight[:-1], weight[-1]) if weight[0].dtype == torch.int8 else (weight, None)
 
 
 registry.define(

@@ -1,4 +1,4 @@
-"""``nm_linear``: y = act(x W^T + b) for an N:M-sparse W: n stored values in every m consecutive columns."""
+"""``nm_linear``: y = act(x W^T + b) for a W with as many stored values in every row: N:M-sparse, or dense int8."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from fasticl.ops import _registry as registry
 
 
 def nm_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
-    """``y = act(x @ dense(weight).T + bias)`` for 2:4, 4:8 or 8:16 sparsity.
+    """``y = act(x @ dense(weight).T + bias)`` for 2:4, 4:8 or 8:16 sparsity, or for a dense weight of int8 values.
 
     Every row stores ``K * n / m`` values (zeros among them where the pattern demands them), so rows need no offsets.
 
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16, any strides; float64 runs the reference.
-        weight: ``[N, K]`` from :func:`fasticl.pack` in format ``"nm"``, of ``x``'s dtype.
+        weight: ``[N, K]`` from :func:`fasticl.pack` in format ``"nm"`` or ``"dense"``, of ``x``'s dtype; its values may
+            be int8, as in :func:`fasticl.ops.bitmap_linear`.
         bias: ``[N]`` of ``x``'s dtype, or None.
         activation: None, ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``.
 
@@ -29,39 +30,50 @@ def nm_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, activ
         TypeError: ``x`` or ``bias`` is not of the weight's dtype, or ``weight`` is no PackedWeight.
         ValueError: shapes, devices or the format do not fit, or the activation is unknown.
     """
-    _linear.check_linear("nm_linear", x, weight, bias, activation, ("nm",))
-    arguments = (x, weight.values, weight.bitmask, bias, activation)
-    if registry.needs_grad(x, weight.values, bias):
+    _linear.check_linear("nm_linear", x, weight, bias, activation, ("nm", "dense"))
+    bitmask = None if weight.format == "dense" else weight.bitmask
+    arguments = (x, weight.values, bitmask, bias, activation, weight.scales)
+    if registry.needs_grad(x, weight.values, bias, weight.scales):
         return reference(*arguments)
     return torch.ops.fasticl.nm_linear(*arguments)
 
 
-def reference(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    dense = _linear.dense_from_bitmap(values, bitmask, x.shape[-1])
-    return _linear.reference_linear(x, dense, bias, activation)
+def reference(
+    x: Tensor, values: Tensor, bitmask: Tensor | None, bias: Tensor | None, activation: str | None,
+    scales: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    dense = values if bitmask is None else _linear.dense_from_bitmap(values, bitmask, x.shape[-1])
+    return _linear.reference_linear(x, dense, bias, activation, scales)
 
 
-def _fake(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    return _linear.fake_linear(x, bitmask.shape[0])
+def _fake(
+    x: Tensor, values: Tensor, bitmask: Tensor | None, bias: Tensor | None, activation: str | None,
+    scales: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    return _linear.fake_linear(x, (values if bitmask is None else bitmask).shape[0])
 
 
-def cpu(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+def cpu(
+    x: Tensor, values: Tensor, bitmask: Tensor | None, bias: Tensor | None, activation: str | None,
+    scales: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """``bitmask`` is None of a dense weight, whose ``values`` are [N, K]."""
     if not _linear.kernel_takes(x):
-        return reference(x, values, bitmask, bias, activation)
-    N, K = bitmask.shape[0], x.shape[-1]
+        return reference(x, values, bitmask, bias, activation, scales)
+    N, K = (values if bitmask is None else bitmask).shape[0], x.shape[-1]
     x2, M, stride = registry.rows(x)
     bias = registry.contiguous(bias)
     y = x.new_empty((*x.shape[:-1], N))
     _C.nm_linear(
-        x2.data_ptr(), M, stride, values.data_ptr(), bitmask.data_ptr(), N, K,
-        values.numel() // N if N else 0, registry.address(bias), registry.ACTIVATIONS[activation], y.data_ptr(), N,
-        registry.DTYPES[x.dtype], torch.get_num_threads(),
+        x2.data_ptr(), M, stride, values.data_ptr(), registry.VALUE_DTYPES[values.dtype], registry.address(scales),
+        registry.address(bitmask), N, K, values.numel() // N if N else 0, registry.address(bias),
+        registry.ACTIVATIONS[activation], y.data_ptr(), N, registry.DTYPES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return y
 
 
 registry.define(
-    "nm_linear(Tensor x, Tensor values, Tensor bitmask, Tensor? bias, str? activation) -> Tensor",
+    "nm_linear(Tensor x, Tensor values, Tensor? bitmask, Tensor? bias, str? activation, Tensor? scales=None) -> Tensor",
     reference=reference,
     fake=_fake,
     cpu=cpu,

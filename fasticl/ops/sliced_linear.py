@@ -20,8 +20,9 @@ def sliced_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, a
 
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16, any strides; float64 runs the reference.
-        weight: ``[N, K]`` from :func:`fasticl.pack` in format ``"sliced"``, of ``x``'s dtype. Up to 8 tokens run on its
-            sliced layout, more on its portable form, as :func:`fasticl.ops.bitmap_linear` does.
+        weight: ``[N, K]`` from :func:`fasticl.pack` in format ``"sliced"``, of ``x``'s dtype; its values may be int8.
+            Up to 8 tokens run on its sliced layout, more on its portable form, as :func:`fasticl.ops.bitmap_linear`
+            does.
         bias: ``[N]`` of ``x``'s dtype, or None.
         activation: None, ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``.
 
@@ -39,23 +40,23 @@ def sliced_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, a
     layout = weight.sliced
     assert layout is not None  # format "sliced" has it
     portable = (weight.values, weight.bitmask, weight.row_offsets)
-    if registry.needs_grad(x, weight.values, bias):
-        return bitmap_reference(x, *portable, bias, activation)
-    return torch.ops.fasticl.sliced_linear(
-        x, *portable, layout.values, layout.steps, layout.slice_offsets, layout.row_order, bias, activation
-    )
+    if registry.needs_grad(x, weight.values, bias, weight.scales):
+        return bitmap_reference(x, *portable, bias, activation, scales=weight.scales)
+    return torch.ops.fasticl.sliced_linear(x, *portable, *vars(layout).values(), bias, activation, weight.scales)
 
 
 def reference(
     x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, sliced_values: Tensor, steps: Tensor,
     slice_offsets: Tensor, row_order: Tensor, bias: Tensor | None, activation: str | None,
+    scales: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    return bitmap_reference(x, values, bitmask, row_offsets, bias, activation)
+    return bitmap_reference(x, values, bitmask, row_offsets, bias, activation, scales=scales)
 
 
 def _fake(
     x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, sliced_values: Tensor, steps: Tensor,
     slice_offsets: Tensor, row_order: Tensor, bias: Tensor | None, activation: str | None,
+    scales: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return _linear.fake_linear(x, bitmask.shape[0])
 
@@ -63,25 +64,27 @@ def _fake(
 def cpu(
     x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, sliced_values: Tensor, steps: Tensor,
     slice_offsets: Tensor, row_order: Tensor, bias: Tensor | None, activation: str | None,
+    scales: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     N, K = bitmask.shape[0], x.shape[-1]
     M = x.numel() // K if K else 0
     if M > MAX_TOKENS or K == 0 or not _linear.kernel_takes(x):
-        return bitmap_cpu(x, values, bitmask, row_offsets, bias, activation)
+        return bitmap_cpu(x, values, bitmask, row_offsets, bias, activation, scales=scales)
     x2, M, stride = registry.rows(x)
     bias = registry.contiguous(bias)
     y = x.new_empty((*x.shape[:-1], N))
     _C.sliced_linear(
-        x2.data_ptr(), M, stride, K, sliced_values.data_ptr(), steps.data_ptr(), slice_offsets.data_ptr(),
-        row_order.data_ptr(), slice_offsets.shape[0] - 1, registry.address(bias), registry.ACTIVATIONS[activation],
-        y.data_ptr(), N, registry.DTYPES[x.dtype], torch.get_num_threads(),
+        x2.data_ptr(), M, stride, K, sliced_values.data_ptr(), registry.VALUE_DTYPES[values.dtype],
+        registry.address(scales), steps.data_ptr(), slice_offsets.data_ptr(), row_order.data_ptr(),
+        slice_offsets.shape[0] - 1, registry.address(bias), registry.ACTIVATIONS[activation], y.data_ptr(), N,
+        registry.DTYPES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return y
 
 
 registry.define(
     "sliced_linear(Tensor x, Tensor values, Tensor bitmask, Tensor row_offsets, Tensor sliced_values, Tensor steps, "
-    "Tensor slice_offsets, Tensor row_order, Tensor? bias, str? activation) -> Tensor",
+    "Tensor slice_offsets, Tensor row_order, Tensor? bias, str? activation, Tensor? scales=None) -> Tensor",
     reference=reference,
     fake=_fake,
     cpu=cpu,
