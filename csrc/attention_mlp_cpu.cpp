@@ -13,54 +13,6 @@
 
 namespace {
 
-constexpr int64_t kBlockFloats = 4096;  // of prompt rows in one step of the softmax: 16 KB, a third of L1
-constexpr int64_t kMaxBlock = 128;      // rows in such a step
-
-// e^a for a <= 0, and 0 below -87. Without the bound exp meets denormals on its way to 0, 150 cycles each.
-FASTICL_INLINE Vec decay(Vec a) {
-  const Vec lowest = set1(-87.0f);
-  return where_less(a, lowest, zero(), exp(max(lowest, a)));
-}
-
-// Online softmax over the n rows of a chunk: acc = sum_i p_i e^(s_i - max), s_i = p_i . key; behind acc's d values,
-// rounded up to vectors, come max and total = sum_i e^(s_i - max). x and wide hold the key, spread, and a block of
-// rows.
-template <class T>
-void attend(const T* p, int64_t stride, int64_t n, int64_t d, const float* key, float* acc, float* x, float* wide) {
-  const int64_t padded = round_up(d, kLanes);
-  const int64_t fit = least(kBlockFloats / padded, kMaxBlock);
-  const int64_t block = fit < kDotRows ? kDotRows : fit / kDotRows * kDotRows;
-  float highest = -3.4028235e38f;  // finite: e^(-inf - highest) is then 0, not NaN
-  Vec total = zero();
-  float weight[kMaxBlock];
-  for (int64_t k = 0; k < padded; k += kLanes) store(acc + k, zero());
-  for (int64_t i = 0; i < n; i += block) {
-    const int64_t count = least(block, n - i);
-    const Rows r = rows_of(p + i * stride, stride, count, d, wide);
-    if (i == 0) spread(r, key, x);
-    Vec top = set1(highest);
-    for (int64_t j = 0; j < count; j += kLanes) {
-      const Vec s =
-          where_less(lanes(), set1(static_cast<float>(count - j)), dot_rows(r, j, count, x), set1(-__builtin_inff()));
-      store(weight + j, s);
-      top = max(s, top);  // passes over NaN, which reaches the sums through exp
-    }
-    const float before = highest;
-    highest = max_lane(top);
-    const Vec scale = decay(set1(before - highest));
-    total = total * scale;
-    for (int64_t j = 0; j < count; j += kLanes) {
-      const Vec e = decay(load(weight + j) - set1(highest));
-      store(weight + j, e);
-      total = total + e;
-    }
-    add_rows(r, count, weight, scale, acc);
-    if (i + block >= n) gather(r, acc);
-  }
-  store(acc + padded, total);
-  acc[padded + kLanes] = highest;
-}
-
 // ---- the phases --------------------------------------------------------------------------------------------
 
 struct Work {
@@ -102,15 +54,15 @@ void make_keys(const AttentionParams& p, const Work& w, PanelScratch& scratch, i
 template <class T>
 void attend_share(const AttentionParams& p, const Work& w, int64_t t, int64_t T_) {
   static thread_local Scratch scratch;
-  float* x = scratch.get<float>(static_cast<size_t>(w.padded * (kDotRows + 1) + kBlockFloats));
+  float* x = scratch.get<float>(static_cast<size_t>(w.padded + wide_floats(w.padded)));
   int64_t before = 0;
   for (int64_t b = 0; b < p.B; b++) {
     const int64_t length = p.lengths ? p.lengths[b] : p.L;
     for (int64_t i = 0, c = w.chunks[b]; i < length; i += w.chunk_rows, c++) {
       const int64_t n = least(w.chunk_rows, length - i), middle = before + i + n / 2;
       if (middle * T_ < w.rows * t || middle * T_ >= w.rows * (t + 1)) continue;
-      attend(static_cast<const T*>(p.context) + b * p.prompt_stride + i * p.row_stride, p.row_stride, n, p.d,
-             w.keys + b * w.padded, w.states + c * w.state, x, x + w.padded);
+      const T* rows = static_cast<const T*>(p.context) + b * p.prompt_stride + i * p.row_stride;
+      attend(rows, rows, p.row_stride, n, p.d, w.keys + b * w.padded, w.states + c * w.state, x, x + w.padded);
     }
     before += length;
   }

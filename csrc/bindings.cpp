@@ -5,6 +5,7 @@ namespace fasticl {
 
 void bind_attention_mlp(py::module_&);
 void bind_bitmap_linear(py::module_&);
+void bind_decoder(py::module_&);
 void bind_nm_linear(py::module_&);
 void bind_sliced_linear(py::module_&);
 
@@ -73,6 +74,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
   bind_attention_mlp(m);
   bind_bitmap_linear(m);
+  bind_decoder(m);
   bind_nm_linear(m);
   bind_sliced_linear(m);
 }

@@ -58,8 +58,6 @@ FASTICL_INLINE const uint8_t* row_mask(const RowWeight& w, int64_t n, uint8_t* s
   return spare;
 }
 
-FASTICL_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // Bits of the columns [64 i, 64 i + 64) of a mask, of which the first `left` columns exist.
 FASTICL_INLINE uint64_t mask_word(const uint8_t* mask, int64_t i, int64_t left) {
   uint64_t bits;

@@ -1,5 +1,5 @@
-// float32 rows of any width d, 16 columns a vector: products with a vector and weighted sums, the two halves of
-// attention. Included inside a target's namespace after simd.h; no include guard.
+// Rows of any width d, 16 columns a vector: products with a vector and weighted sums, and attention, made of both.
+// Included inside a target's namespace after simd.h; no include guard.
 
 namespace {
 
@@ -13,8 +13,6 @@ constexpr int kAddColumns = 4;
 constexpr int kDotRows = 2;
 constexpr int kAddColumns = 2;
 #endif
-
-FASTICL_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Rows of d float32 values in vectors: all but the last start at multiples of 16 columns, the last at column `last`,
 // where it overlaps its neighbour if 16 does not divide d. A vector to be multiplied with such rows is "spread": 16
@@ -150,6 +148,61 @@ inline void add_rows(const Rows& r, int64_t n, const float* weight, Vec scale, f
     add_columns<kAddColumns >= 4 ? 4 : 1>(r, n, weight, scale, c, acc);
   for (; kAddColumns > 2 && c + 2 <= r.vectors; c += 2) add_columns<2>(r, n, weight, scale, c, acc);
   for (; c < r.vectors; c++) add_columns<1>(r, n, weight, scale, c, acc);
+}
+
+// ---- attention of one query --------------------------------------------------------------------------------
+
+constexpr int64_t kBlockFloats = 4096;  // of prompt rows in one step of the softmax: 16 KB, a third of L1
+constexpr int64_t kMaxBlock = 128;      // rows in such a step
+
+// e^a for a <= 0, and 0 below -87. Without the bound exp meets denormals on its way to 0, 150 cycles each.
+FASTICL_INLINE Vec decay(Vec a) {
+  const Vec lowest = set1(-87.0f);
+  return where_less(a, lowest, zero(), exp(max(lowest, a)));
+}
+
+// Floats that attend wants for `wide`, d rounded up to whole vectors.
+inline int64_t wide_floats(int64_t padded) { return padded * kDotRows + kBlockFloats; }
+
+// Online softmax over n rows of keys and of values, which may be the same: acc = sum_i v_i e^(s_i - max),
+// s_i = k_i . query; behind acc's d values, rounded up to vectors, come total = sum_i e^(s_i - max), in 16 parts, and
+// max. x holds the query, spread; wide a block of rows, then one of values.
+template <class T>
+void attend(const T* keys, const T* values, int64_t stride, int64_t n, int64_t d, const float* query, float* acc,
+            float* x, float* wide) {
+  const int64_t padded = round_up(d, kLanes);
+  const int64_t fit = least(kBlockFloats / padded, kMaxBlock);
+  const int64_t block = fit < kDotRows ? kDotRows : fit / kDotRows * kDotRows;
+  float highest = -3.4028235e38f;  // finite: e^(-inf - highest) is then 0, not NaN
+  Vec total = zero();
+  float weight[kMaxBlock];
+  for (int64_t k = 0; k < padded; k += kLanes) store(acc + k, zero());
+  for (int64_t i = 0; i < n; i += block) {
+    const int64_t count = least(block, n - i);
+    const Rows r = rows_of(keys + i * stride, stride, count, d, wide);
+    if (i == 0) spread(r, query, x);
+    Vec top = set1(highest);
+    for (int64_t j = 0; j < count; j += kLanes) {
+      const Vec s =
+          where_less(lanes(), set1(static_cast<float>(count - j)), dot_rows(r, j, count, x), set1(-__builtin_inff()));
+      store(weight + j, s);
+      top = max(s, top);  // passes over NaN, which reaches the sums through exp
+    }
+    const float before = highest;
+    highest = max_lane(top);
+    const Vec scale = decay(set1(before - highest));
+    total = total * scale;
+    for (int64_t j = 0; j < count; j += kLanes) {
+      const Vec e = decay(load(weight + j) - set1(highest));
+      store(weight + j, e);
+      total = total + e;
+    }
+    const Rows v = values == keys ? r : rows_of(values + i * stride, stride, count, d, wide + wide_floats(padded));
+    add_rows(v, count, weight, scale, acc);
+    if (i + block >= n) gather(v, acc);
+  }
+  store(acc + padded, total);
+  acc[padded + kLanes] = highest;
 }
 
 }  // namespace

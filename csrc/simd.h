@@ -5,6 +5,8 @@ namespace {
 
 constexpr int kLanes = 16;
 
+FASTICL_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // ---- the register: arithmetic, load and store of float32 --------------------------------------------------
 
 #if defined(FASTICL_TARGET_AVX512)

@@ -10,6 +10,7 @@ import torch  # first: its OpenMP runtime is the one that the kernels then share
 from fasticl import nn, ops
 from fasticl.checkpoint import from_pretrained, register_when_imported, save_pretrained
 from fasticl.convert import ConversionReport, convert, explain
+from fasticl.decoder import Decoder
 from fasticl.formats import PackedWeight, pack
 from fasticl.ops import implementations
 from fasticl.prune import Magnitude, NeuronActivation, Wanda, sparsify_
@@ -17,6 +18,7 @@ from fasticl.prune import Magnitude, NeuronActivation, Wanda, sparsify_
 __version__ = "0.1.0"
 __all__ = [
     "ConversionReport",
+    "Decoder",
     "Magnitude",
     "NeuronActivation",
     "PackedWeight",

@@ -378,6 +378,57 @@ def _config(method: Method, sparsity: float, pattern: Pattern | None) -> Any:
     return config(sparsity, (pattern or Pattern.unstructured).value)
 
 
+@app.command()
+def generate(
+    model: ModelFolder,
+    prompt: Annotated[str, typer.Argument(help="What to go on from; - reads it from standard input.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most.")] = 128,
+    chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template, if it has one.")] = True,
+    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw among so many of the likeliest.")] = None,
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest that have this probability together.")] = 1.0,
+    threads: Threads = None,
+    seed: Seed = 0,
+    dtype: OwnDtype = None,
+) -> None:
+    """Continue a text with a model, packed or not, on the CPU; tokens appear as they are decoded."""
+    import time
+
+    import fasticl
+
+    _set_threads(threads)
+    with _reported():
+        loaded, tokenizer = _load_for_eval(model, dtype, "cpu")
+        text = sys.stdin.read() if prompt == "-" else prompt
+        if chat and tokenizer.chat_template:
+            message = [{"role": "user", "content": text}]
+            text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+            tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
+            tokens = tokenizer(text)["input_ids"]
+        decoder = fasticl.Decoder(loaded)
+        start = time.perf_counter()
+        steps = decoder.generate(
+            tokens,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        read, said, shown = time.perf_counter() - start, list[int](), ""
+        for token in steps:
+            said.append(token)
+            text = tokenizer.decode(said, skip_special_tokens=True)
+            if not text.endswith("\ufffd"):  # half of a character
+                typer.echo(text[len(shown) :], nl=False)
+                shown = text
+    typer.echo()
+    spent = time.perf_counter() - start - read
+    rate = f"{(len(said) - 1) / spent:.1f} tokens/s" if len(said) > 1 else "one token"
+    typer.echo(f"prompt: {len(tokens)} tokens in {read:.2f} s; answer: {len(said)} tokens, {rate}", err=True)
+
+
 evaluate_app = typer.Typer(help="Measure a model's quality: perplexity, or few-shot accuracy.", no_args_is_help=True)
 app.add_typer(evaluate_app, name="eval")
 
