@@ -351,7 +351,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"weight: expected finite elements for int8 values, got {float(largest[n])} in row {n}")
     scales = (largest / 127).to(weight.dtype)
     # Rounded down, a scale of few bits may leave the largest element beyond 127.5: the next number up is taken then.
-    scales.view(_INTEGERS[scales.dtype]).add_(127.5 * scales.to(wide.dtype) < largest)
+    scales.view(_INTEGERS[scales.dtype]).add_(largest / scales.to(wide.dtype) > 127.5)
     scales.masked_fill_(largest == 0, 1)
     return (wide / scales.to(wide.dtype)[:, None]).round_().clamp_(-127, 127).to(torch.int8), scales
 

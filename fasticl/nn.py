@@ -30,7 +30,7 @@ _OPERANDS = {  # what an op takes of each format, in its order, besides scales
 _CHECKED = {
     "bitmap": ops.bitmap_linear, "nm": ops.nm_linear, "sliced": ops.sliced_linear, "dense": ops.nm_linear,
 }  # fmt: skip
-_OPS = {
+_OPS: dict[str, Callable[..., Tensor]] = {
     "bitmap": torch.ops.fasticl.bitmap_linear, "nm": torch.ops.fasticl.nm_linear,
     "sliced": torch.ops.fasticl.sliced_linear,
     "dense": lambda x, values, *rest, scales: torch.ops.fasticl.nm_linear(x, values, None, *rest, scales),

@@ -487,7 +487,7 @@ class LinearCases:
 
 def exact_in_int8(weight: Tensor) -> Tensor:
     """A weight like this one that int8 values hold exactly, in any dtype: its scales are powers of two."""
-    largest = weight.abs().amax(1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
+    largest = F.pad(weight, (0, 1), value=torch.finfo(weight.dtype).tiny).abs().amax(1, keepdim=True)
     return (
         (weight.double() / largest * 127).round().mul(2.0 ** torch.randint(-10, -6, (len(weight), 1))).to(weight.dtype)
     )

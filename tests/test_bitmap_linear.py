@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from linear_cases import LinearCases, Op, kernel_edge, kernel_values
+from helpers import assert_close_to_truth
+from linear_cases import DTYPES, LinearCases, Op, dense, exact_in_int8, kernel_edge, kernel_values
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,6 +27,29 @@ class TestBitmapLinear(LinearCases):
         before, after = kernel_edge(x, y, bias, activation)
         portable = (packed.bitmask.data_ptr(), packed.row_offsets.data_ptr())
         _C.bitmap_linear(*before, *kernel_values(packed.values, packed), *portable, *packed.shape, *after)
+
+
+@pytest.mark.parametrize("format", ["bitmap", "sliced"])
+@pytest.mark.parametrize("value_dtype", [*DTYPES, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_of_any_type_times_x_of_any(isa: str, dtype: torch.dtype, value_dtype: torch.dtype, format: str) -> None:
+    """No op mixes them yet; the kernels do."""
+    values = "int8" if value_dtype == torch.int8 else None
+    weight = exact_in_int8(torch.randn(50, 200).masked_fill(torch.rand(50, 200) < 0.5, 0.0))
+    packed = fasticl.pack(weight.to(dtype if values else value_dtype), format, values=values)
+    bias = torch.randn(50).to(dtype)
+    for M in (1, 3, 8, 20, 65):
+        x, y = torch.randn(M, 200).to(dtype), torch.full((M, 50), torch.nan, dtype=dtype)
+        before, after = kernel_edge(x, y, bias, "silu")
+        if format == "sliced":
+            stored, *rest = vars(packed.sliced).values()
+            layout = (*kernel_values(stored, packed), *(t.data_ptr() for t in rest))
+            _C.sliced_linear(*before, 200, *layout, packed.sliced.slice_offsets.shape[0] - 1, *after)
+        else:
+            portable = (packed.bitmask.data_ptr(), packed.row_offsets.data_ptr(), 50, 200)
+            _C.bitmap_linear(*before, *kernel_values(packed.values, packed), *portable, *after)
+        truth = dense(x.double(), weight.double(), bias.double(), "silu")
+        assert_close_to_truth(y, truth, dense(x.float(), weight, bias.float(), "silu").to(dtype))
 
 
 @pytest.mark.parametrize("format", ["sliced", "nm"])

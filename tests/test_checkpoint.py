@@ -69,11 +69,11 @@ def make(family: str, tied: bool = True, dtype: torch.dtype = torch.float32) -> 
 
 def pruned(family: str = "llama", config: Any = None, *, skip: tuple[str, ...] = ("lm_head",), **kwargs: Any) -> Any:
     """A converted model; every layer with zeros is packed."""
-    format = kwargs.pop("format", "auto")
+    format, values = kwargs.pop("format", "auto"), kwargs.pop("values", None)
     model = make(family, **kwargs)
     accept = None if "lm_head" in skip else lambda module, name: True
     fasticl.sparsify_(model, config or fasticl.Magnitude(0.5), [tokens()], filter_fn=accept)
-    fasticl.convert(model, min_speedup=0, tokens=(1,), skip=skip, format=format)
+    fasticl.convert(model, min_speedup=0, tokens=(1,), skip=skip, format=format, values=values)
     return model
 
 
@@ -215,6 +215,65 @@ def test_formats_come_back(family: str, config: Any, format: str, pattern: str |
         weight.validate()
         assert same_bits(weight.values, expected[name].values)
         assert same_bits(weight.unpack(), expected[name].unpack())
+
+
+@pytest.mark.parametrize(
+    ("config", "format", "pattern"),
+    [
+        (fasticl.Magnitude(0.5), "bitmap", None),
+        (fasticl.Magnitude(0.9), "sliced", None),
+        (fasticl.Magnitude(0.5, "2:4"), "nm", "2:4"),
+        (fasticl.Magnitude(0.5), "dense", None),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_int8_values_come_back(
+    family: str, dtype: torch.dtype, config: Any, format: str, pattern: str | None, tmp_path: Path
+) -> None:
+    model = pruned(family, config, format=format, values="int8", dtype=dtype, skip=())
+    expected = packed(model)
+    assert {(p.format, p.pattern, p.values.dtype) for p in expected.values()} == {(format, pattern, torch.int8)}
+    fasticl.save_pretrained(model, tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert list(packed(loaded)) == list(expected)
+    for name, weight in packed(loaded).items():
+        weight.validate()
+        assert (weight.format, weight.pattern) == (format, pattern)
+        assert torch.equal(weight.values, expected[name].values)
+        assert same_bits(weight.scales, expected[name].scales)
+    assert torch.equal(logits(loaded), logits(model))
+    stored = read(tmp_path / "model")
+    assert {tensor.dtype for name, tensor in stored.items() if name.endswith(".compressed")} == {torch.int8}
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float16)
+    assert {(p.values.dtype, p.dtype) for p in packed(again).values()} == {(torch.int8, torch.float16)}
+
+
+@pytest.mark.parametrize("layout", ["sparse-bitmask", "sparse-24-bitmask"])
+def test_int8_values_have_no_place_in_compressed_tensors(layout: str, tmp_path: Path) -> None:
+    model = pruned(config=fasticl.Magnitude(0.5, "2:4"), values="int8")
+    message = rf"q_proj: expected values of dtype torch.float32 with {layout}, got int8; save as fasticl"
+    with pytest.raises(ValueError, match=message):
+        fasticl.save_pretrained(model, tmp_path / "model", format=layout)
+    assert list(tmp_path.iterdir()) == []
+
+
+INT8_CORRUPTIONS = {
+    "scales": (lambda t: t[:-1], r"scales: expected .* \[36\], got F32 \[35\]"),
+    "compressed": (lambda t: t.float(), r"compressed: expected I8 .*, got F32"),
+    "shape": (lambda t: t + 1, r"shape: expected \[36, 36\], got \[37, 37\]"),
+}
+
+
+@pytest.mark.parametrize("part", INT8_CORRUPTIONS)
+@pytest.mark.parametrize("format", ["bitmap", "dense"])
+def test_corrupted_int8_tensors(format: str, part: str, tmp_path: Path) -> None:
+    fasticl.save_pretrained(pruned("qwen2", format=format, values="int8"), tmp_path / "model")
+    function, message = INT8_CORRUPTIONS[part]
+    rewrite(tmp_path / "model", change(part, function))
+    with pytest.raises(ValueError, match=rf"q_proj.*{message}"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -555,7 +614,11 @@ def quantization(**changes: Any) -> Callable[[dict[str, Any]], object]:
         (layer(format="dense"), r"q_proj\.weight: expected .* \[36, 36\], got no such tensor"),
         (layer(pattern="1:2"), "q_proj: pattern: expected one of None, 2:4, 4:8, 8:16, got '1:2'"),
         (layer(pattern="2:4"), "q_proj: pattern: expected None with format 'bitmap', got '2:4'"),
-        (layer(layout="marlin-24"), "layout: expected one of sparse-bitmask, sparse-24-bitmask, got 'marlin-24'"),
+        (layer(layout="marlin-24"), "layout: expected one of sparse-bitmask, .*int8-dense, got 'marlin-24'"),
+        (layer(layout="int8-bitmask"), r"q_proj\.compressed: expected I8 .*, got F32"),
+        (layer(layout="int8-dense"), "q_proj: expected format dense with layout int8-dense, got bitmap, int8-dense"),
+        (layer(layout="int8-bitmask", format="dense"), "q_proj: expected format dense with layout int8-dense"),
+        (layer(layout="int8-dense", format="dense"), r"q_proj\.compressed: expected I8 \[36, 36\], got F32"),
         (layer(shape=[1 << 40, 1 << 40]), r"q_proj\.bias: expected .* \[1099511627776\], got F32 \[36\]"),
         (layer(shape=[36, -36]), r"q_proj: shape: expected \[N, K\], got \[36, -36\]"),
         (layer(shape=[36, 36.0]), r"q_proj: shape: expected \[N, K\], got \[36, 36.0\]"),

@@ -222,6 +222,18 @@ def test_prune_convert_and_eval(folder: Path, text: Path, tmp_path: Path) -> Non
     assert found[masked]["perplexity"] != pytest.approx(found[str(folder)]["perplexity"], rel=1e-4)
 
 
+def test_convert_to_int8_values(folder: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    result = invoke("convert", str(folder), str(tmp_path / "packed"), "--values", "int8", "--min-speedup", "0",
+                    "--tokens", "1", "--skip", "none", "--json")  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert (found["linears"], found["packed"]) == (15, 15)
+    assert {layer["kernel"] for layer in found["layers"]} == {"dense int8"}
+    model = fasticl.from_pretrained(tmp_path / "packed")
+    assert model.lm_head.values.dtype == torch.int8
+
+
 def test_convert_prints_what_it_did(folder: Path, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     masked, packed = str(tmp_path / "masked"), str(tmp_path / "packed")

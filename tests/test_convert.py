@@ -231,6 +231,82 @@ def test_parts_of_an_mlp_are_never_compact(format: str) -> None:
     torch.testing.assert_close(answer(report.model, x), expected)
 
 
+# Int8 values
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_int8_models_answer_nearly_the_same(family: str, dtype: torch.dtype) -> None:
+    """Right is the same model with its weights rounded, layer by layer, to what int8 values hold."""
+    make, linears, mlps = FAMILIES[family]
+    model = make().eval()
+    zero_half_(model)
+    model.to(dtype)
+    rounded, ids = copy.deepcopy(model).double(), torch.randint(0, 96, (2, 7))
+    report = fasticl.convert(model, values="int8")
+    assert len(report.converted) == 2 * linears
+    assert set(kernels(report).values()) == {"bitmap int8", "dense"}
+    assert len(report.fused_mlps) == 2 * mlps
+    layers = {name: layer for name, layer in rounded.named_modules() if dict(kernels(report)).get(name) != "dense"}
+    with torch.no_grad():
+        for name, layer in layers.items():
+            if isinstance(layer, nn.Linear) or hasattr(layer, "nf"):
+                weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T
+                packed = fasticl.pack(weight.to(dtype), "bitmap", values="int8")
+                assert name == "lm_head" or (weight - packed.unpack()).abs().max() > 0
+                weight.copy_(packed.unpack_values().double() * packed.scales.double()[:, None])
+    head = rounded.get_output_embeddings()
+    head.weight = nn.Parameter(model.get_output_embeddings().weight.detach().double())
+    rounded.get_input_embeddings().weight = nn.Parameter(model.get_input_embeddings().weight.detach().double())
+    truth = answer(rounded, ids)
+    assert_close_to_truth(answer(model, ids), truth, answer(copy.deepcopy(rounded).to(dtype), ids), factor=4.0)
+
+
+@pytest.mark.parametrize("format", ["auto", "dense"])
+def test_linears_without_zeros_become_dense_int8(clock: Clock, format: str) -> None:
+    model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 64), nn.LayerNorm(64), pruned_linear(64, 96))
+    x = torch.randn(5, 64)
+    expected = answer(model, x)
+    clock.gain = lambda contender, tokens: {"dense int8": 2.0}.get(contender, 3.0)
+    report = fasticl.convert(model, values="int8", format=format)
+    zeros = "dense int8" if format == "dense" else "bitmap int8"
+    assert kernels(report) == {"0": "dense int8", "2": "dense int8", "4": zeros}
+    assert [module.values.dtype for module in model.modules() if isinstance(module, SparseLinear)] == [torch.int8] * 3
+    assert (answer(model, x) - expected).abs().max() < 0.05 * expected.abs().max()
+    assert kernels(fasticl.convert(model, values="int8")) == kernels(report)  # already packed
+    assert "2.00x" in reasons(report)["0"]
+
+
+def test_int8_is_measured_too(clock: Clock) -> None:
+    clock.gain = lambda contender, tokens: 0.5
+    model = nn.Sequential(nn.Linear(64, 48), pruned_linear(48, 64))
+    report = fasticl.convert(model, values="int8")
+    assert kernels(report) == {"0": "dense", "1": "dense"}
+    assert reasons(report)["0"] == "dense int8 would be 0.50x at 1, 0.50x at 128 tokens"
+
+
+def test_int8_parts_beside_dead_neurons() -> None:
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)).eval()
+    with torch.no_grad():
+        model[2].weight[:, :20] = 0
+    x = torch.randn(5, 32)
+    expected = answer(model, x)
+    report = fasticl.convert(model, values="int8")
+    assert kernels(report) == {"up": "dense int8", "down": "dense int8"}
+    assert report.model.up.out_features == 44
+    assert (answer(report.model, x) - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_a_tied_head_in_int8() -> None:
+    model = make_llama().eval()
+    embedding = model.model.embed_tokens.weight.detach().clone()
+    report = fasticl.convert(model, values="int8", skip=())
+    assert kernels(report)["lm_head"] == "dense int8"
+    assert model.lm_head.values.dtype == torch.int8
+    assert torch.equal(model.model.embed_tokens.weight, embedding)
+    assert torch.equal(model.lm_head.packed.unpack(), fasticl.pack(embedding, "dense", values="int8").unpack())
+
+
 # Which modules
 
 
@@ -754,6 +830,8 @@ def test_explain_of_a_converted_model() -> None:
     [
         ({"model": "gpt2"}, TypeError, r"model: expected a torch\.nn\.Module, got str"),
         ({"format": "csr"}, ValueError, "format: expected one of auto, bitmap, .*, got 'csr'"),
+        ({"values": "int4"}, ValueError, "values: expected None or 'int8', got 'int4'"),
+        ({"values": "int8", "format": "compact"}, ValueError, "format: .* got 'compact'"),
         ({"skip": "lm_head"}, TypeError, "skip: expected a sequence of names, got 'lm_head'"),
         ({"skip": [1]}, TypeError, "skip: expected a sequence of names"),
         ({"min_speedup": -1}, ValueError, "min_speedup: expected a number >= 0, got -1"),

@@ -60,6 +60,113 @@ def special_values(dtype: torch.dtype) -> Tensor:
     return torch.cat((numbers.to(dtype), torch.tensor(patterns, dtype=BITS[dtype]).view(dtype)))
 
 
+# ---- int8 values -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("format", ["bitmap", "sliced", "dense", "auto"])
+def test_int8_values_are_the_nearest(format: str, dtype: torch.dtype) -> None:
+    weight = pruned(300, 96, 0.5, dtype=dtype) * (2.0 ** torch.randint(-8, 9, (300, 1))).to(dtype)
+    weight[7], weight[8, 1:], weight[8, 0] = 0, 0, -3.0
+    packed = pack(weight, format, values="int8").validate()
+    q, scales = packed.unpack_values(), packed.scales.double()[:, None]
+    assert packed.values.dtype == torch.int8
+    assert packed.scales.dtype == packed.dtype == dtype
+    assert q.abs().max() == 127
+    error = (weight.double() - q.double() * scales).abs()
+    assert (error <= scales / 2 * (1 + 1e-6)).all()
+    assert (scales <= weight.double().abs().amax(1, keepdim=True) / 127 * (1 + torch.finfo(dtype).eps))[q.any(1)].all()
+    wide = torch.promote_types(dtype, torch.float32)
+    assert same_bits(packed.unpack(), (q.to(wide) * packed.scales.to(wide)[:, None]).to(dtype))
+    assert not q[weight == 0].any()
+    assert not packed.unpack()[7].any()
+    if format != "dense":
+        assert torch.equal(packed.keep, weight != 0)  # also where q is 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_int8_values_at_the_ends_of_a_dtype(dtype: torch.dtype) -> None:
+    """A scale of few bits, a denormal even, is never so small that the largest element lies beyond 127.5 of it."""
+    info = torch.finfo(dtype)
+    smallest = torch.tensor(1, dtype=BITS[dtype]).view(dtype)  # the smallest denormal
+    powers = torch.logspace(-6, 0, 500, dtype=torch.float64).to(dtype)
+    largest = torch.cat((smallest * torch.arange(1, 400).to(dtype), powers, torch.tensor([info.max / 2], dtype=dtype)))
+    weight = largest[:, None] * torch.tensor([1.0, -1.0, 0.5, 0.25]).to(dtype)
+    packed = pack(weight, "dense", values="int8")
+    assert packed.scales.isfinite().all()
+    assert (packed.scales > 0).all()
+    error = (weight.double() - packed.values.double() * packed.scales.double()[:, None]).abs()
+    assert (error <= packed.scales.double()[:, None] / 2 * (1 + 1e-5)).all()  # the quotient is rounded to float32
+
+
+def test_auto_with_int8_values() -> None:
+    def chosen(weight: Tensor) -> str:
+        return pack(weight, values="int8").validate().format
+
+    assert chosen(torch.randn(32, 64)) == chosen(pruned(64, 64, 0.95)) == "dense"
+    assert chosen(pruned(64, 64, 0.6)) == "bitmap"
+    assert chosen(pruned(64, 64, 1.0, "2:4")) == "nm"
+    assert chosen(pruned(64, 64, 0.1)) == "sliced"
+    rows_gone = torch.randn(32, 64)
+    rows_gone[::2] = 0
+    assert chosen(rows_gone) == "bitmap"  # not compact
+    for shape in ((0, 8), (8, 0), (0, 0)):
+        assert pack(torch.zeros(shape), values="int8").validate().unpack().shape == shape
+        assert pack(torch.zeros(shape), "dense", values="int8").validate().unpack().shape == shape
+
+
+def test_sizes_with_int8_values() -> None:
+    N, K = 64, 128
+    weight = pruned(N, K, 0.5, "2:4", torch.bfloat16)
+    values, offsets, scales, mask = N * K // 2, 8 * (N + 1), 2 * N, N * K // 8
+    packed = pack(weight, "nm", values="int8")
+    assert (packed.bytes, packed.bytes_read) == (values + mask + offsets + scales, values + mask + scales)
+    assert packed.dense_bytes == 2 * N * K
+    dense = pack(weight, "dense", values="int8")
+    assert dense.bytes == dense.bytes_read == N * K + scales
+    assert dense.density == 1
+    assert "values='int8'" in repr(dense)
+    sliced = pack(weight, "sliced", values="int8")
+    assert sliced.sliced.values.dtype == torch.int8
+    assert sliced.bytes_read == sum(t.nbytes for t in vars(sliced.sliced).values()) + scales
+
+
+def test_int8_values_are_refused_where_they_cannot_be() -> None:
+    weight = torch.randn(4, 8)
+    for wrong in ("int4", "bfloat16", torch.int8):
+        with pytest.raises(ValueError, match="values: expected None or 'int8', got"):
+            pack(weight, values=wrong)
+    with pytest.raises(ValueError, match=r"format: expected 'dense' for int8 values only, .* got 'dense'"):
+        pack(weight, "dense")
+    with pytest.raises(ValueError, match=r"format: .* 'compact' for others, got 'compact'"):
+        pack(weight, "compact", values="int8")
+    for special in ("nan", "inf", "-inf"):
+        weight[2, 5] = float(special)
+        with pytest.raises(
+            ValueError, match=r"weight: expected finite elements for int8 values, got (nan|inf) in row 2"
+        ):
+            pack(weight, "bitmap", values="int8")
+
+
+def test_validate_of_int8_values() -> None:
+    packed, dense = (pack(pruned(6, 16, 0.5), format, values="int8") for format in ("bitmap", "dense"))
+    for broken, message in [
+        (dataclasses.replace(packed, scales=None), "values: expected dtype float32, .* got torch.int8"),
+        (dataclasses.replace(packed, values=packed.values.short()), "values: expected torch.int8 with scales, got"),
+        (dataclasses.replace(packed, scales=packed.scales[1:]), r"scales: expected torch.float32 \[6\], got"),
+        (
+            dataclasses.replace(packed, scales=packed.scales.long()),
+            "values: expected dtype float32, .* got torch.int64",
+        ),
+        (dataclasses.replace(dense, values=dense.values[:, 1:].contiguous()), r"values: expected torch.int8 \[6, 16\]"),
+        (dataclasses.replace(dense, values=dense.unpack(), scales=None), "scales: expected a tensor with format dense"),
+        (dataclasses.replace(pack(torch.ones(6, 16), "compact"), scales=packed.scales), "values: expected torch.int8"),
+        (dataclasses.replace(dense, scales=dense.scales.to("meta")), "tensors: expected all on cpu, got meta"),
+    ]:
+        with pytest.raises(ValueError, match=f"^PackedWeight: {message}"):
+            broken.validate()
+
+
 # ---- the round trip --------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import torch
 from helpers import assert_close_to_truth, guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_cases import ACTIVATIONS, DTYPES, Op, activate, double
+from linear_cases import ACTIVATIONS, DTYPES, Op, activate, double, exact_in_int8
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,6 +23,10 @@ PACKED = {
     "bitmap": Op("bitmap_linear", "bitmap"),
     "sliced": Op("sliced_linear", "sliced"),
     "nm": Op("nm_linear", "nm", "2:4"),
+    "bitmap_int8": Op("bitmap_linear", "bitmap", values="int8"),
+    "sliced_int8": Op("sliced_linear", "sliced", values="int8"),
+    "nm_int8": Op("nm_linear", "nm", "2:4", "int8"),
+    "dense_int8": Op("nm_linear", "dense", values="int8"),
 }
 KINDS = ["dense", *PACKED]
 # Kinds of up, gate and down, and why.
@@ -34,6 +38,9 @@ MIXES = {
     "each_another": ("nm", "sliced", "bitmap"),
     "gate_and_down_dense": ("sliced", "dense", "dense"),
     "up_dense": ("dense", "bitmap", "nm"),
+    "all_dense_int8": ("dense_int8", "dense_int8", "dense_int8"),
+    "each_another_int8": ("nm_int8", "sliced_int8", "bitmap_int8"),
+    "int8_beside_others": ("dense", "bitmap_int8", "bitmap"),
 }
 # 3 to 8 tokens run the row kernels in every kind (sliced its own); else dense is torch's matmul, float32 at least.
 TOKENS = (1, 2, 3, 4, 7, 8, 9, 20, 33, 65)
@@ -51,6 +58,8 @@ def make(kind: str, N: int, K: int, dtype: torch.dtype = torch.float32) -> tuple
         return weight, weight
     op = PACKED[kind]
     weight = op.weight(N, K, dtype=dtype) / max(K, 1) ** 0.5
+    if op.values == "int8":
+        weight = exact_in_int8(weight)
     return op.pack(weight), weight
 
 
@@ -137,7 +146,8 @@ def test_shapes(isa: str, K: int, H: int, N: int) -> None:
 @given(data=st.data())
 def test_any_shape(isa: str, data: st.DataObject) -> None:
     M, K, H, N = (data.draw(st.integers(0, 40), name) for name in "MKHN")
-    kinds = data.draw(st.tuples(*[st.sampled_from(["dense", "bitmap", "sliced"])] * 3), "kinds")
+    some = ["dense", "bitmap", "sliced", "bitmap_int8", "sliced_int8", "dense_int8"]
+    kinds = data.draw(st.tuples(*[st.sampled_from(some)] * 3), "kinds")
     dtype, gated, biased = data.draw(st.tuples(st.sampled_from(DTYPES), st.booleans(), st.booleans()))
     activation = data.draw(st.sampled_from(ACTIVATIONS), "activation")
     assert_as_unfused(torch.randn(M, K).to(dtype), kinds, H, N, activation, gated=gated, biased=biased)
@@ -226,7 +236,7 @@ def test_dense_weights_between_guards(isa: str, shift: int, dtype: torch.dtype) 
 # ---- float64, autograd, compilers ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["dense", "bitmap", "sliced", "nm"])
 def test_float64_and_gradients(kind: str) -> None:
     (up, dense_up), (gate, dense_gate), (down, dense_down) = (
         make(kind, N, K, torch.float64) for N, K in ((8, 4), (8, 4), (4, 8))
@@ -252,6 +262,13 @@ def test_float64_and_gradients(kind: str) -> None:
     assert torch.autograd.gradcheck(function, (x, *values, *biases))
 
 
+def test_gradients_with_int8_values() -> None:
+    (up, dense_up), (down, dense_down) = (make(kind, 6, 6, torch.float64) for kind in ("bitmap_int8", "dense_int8"))
+    x = torch.randn(3, 6).double().requires_grad_()
+    torch.testing.assert_close(fused_mlp(x, up, down, activation="silu"), mlp(x, dense_up, dense_down, None, "silu"))
+    assert torch.autograd.gradcheck(lambda x: fused_mlp(x, up, down, up, activation="silu"), x)
+
+
 def test_without_gradients_the_kernels_run() -> None:
     (up, _), (down, _) = make("bitmap", 36, 24), make("sliced", 12, 36)
     x = torch.randn(3, 24, requires_grad=True)
@@ -266,9 +283,10 @@ def flattened(weight: Weight) -> list[Tensor]:
     """As the registered operator takes it."""
     if isinstance(weight, Tensor):
         return [weight]
-    offsets = [] if weight.format == "nm" else [weight.row_offsets]
+    portable = [weight.values, weight.bitmask, weight.row_offsets]
     layout = [] if weight.sliced is None else list(vars(weight.sliced).values())
-    return [weight.values, weight.bitmask, *offsets, *layout]
+    scales = [] if weight.scales is None else [weight.scales]
+    return [*portable[: {"dense": 1, "nm": 2}.get(weight.format, 3)], *layout, *scales]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -281,7 +299,7 @@ def test_opcheck(kind: str) -> None:
     torch.library.opcheck(torch.ops.fasticl.fused_mlp.default, arguments)
 
 
-@pytest.mark.parametrize("mix", ["all_dense", "each_another"])
+@pytest.mark.parametrize("mix", ["all_dense", "each_another", "each_another_int8"])
 def test_compiles_to_one_graph(mix: str) -> None:
     (up, _), (gate, _), (down, _) = (
         make(kind, N, K) for kind, N, K in zip(MIXES[mix], (36, 36, 12), (24, 24, 36), strict=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_close_to_truth
+from linear_cases import exact_in_int8
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -428,6 +429,104 @@ def test_mode_and_repr() -> None:
     for part in (f"in_features={K}", f"out_features={N}", "bias=True", "format=nm", "pattern=2:4", "density=0.500"):
         assert part in text
     assert "pattern" not in repr(SparseLinear.from_linear(make_linear("bitmap"), "bitmap"))
+
+
+# Int8 values: of weights that they hold exactly, so that the dense layer says what is right
+
+
+INT8_FORMATS = ["bitmap", "sliced", "nm", "dense"]
+
+
+def make_int8(
+    format: str, bias: bool = True, dtype: torch.dtype = torch.float32, density: float = 0.4
+) -> tuple[SparseLinear, nn.Linear]:
+    linear = make_linear(format, bias, dtype, density=1.0 if format == "dense" else density)
+    linear.weight.data = exact_in_int8(linear.weight.data)
+    return SparseLinear.from_linear(linear, format, "int8"), linear
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("format", INT8_FORMATS)
+def test_int8_computes_what_the_dense_one_does(format: str, dtype: torch.dtype, bias: bool) -> None:
+    sparse, linear = make_int8(format, bias, dtype)
+    assert sparse.values.dtype == torch.int8
+    assert sparse.packed.validate().dtype == sparse.scales.dtype == dtype
+    for shape in [(K,), (1, K), (2, 13, K), (0, K), (70, K)]:
+        assert_computes(sparse, linear, torch.randn(shape).to(dtype))
+    assert torch.equal(sparse.to_dense().weight, linear.weight)
+    assert f"format={format}" in repr(sparse)
+    assert "values=int8" in repr(sparse)
+    for wrong in (torch.randn(2, K + 1).to(dtype), torch.randn(2, K).double(), torch.ones(2, K, dtype=torch.int8)):
+        with pytest.raises((TypeError, ValueError), match=r"x: expected .* got "):
+            sparse(wrong)
+
+
+@pytest.mark.parametrize("format", INT8_FORMATS)
+def test_int8_state_loads(format: str) -> None:
+    sparse, linear = make_int8(format)
+    state = sparse.state_dict()
+    assert set(state) == {"values", "scales", "bitmask", "row_offsets", "bias"}
+    other, _ = make_int8(format, density=0.1)
+    other.load_state_dict(state)
+    other.packed.validate()
+    assert torch.equal(other.packed.unpack(), linear.weight)
+    assert_computes(other, linear, torch.randn(3, K))
+    float_format = "bitmap" if format == "dense" else format
+    floating = SparseLinear.from_linear(make_linear(float_format), float_format)
+    for module, found in ((floating, state), (other, floating.state_dict())):
+        held = module.packed.unpack()
+        for strict in (True, False):
+            with pytest.raises(RuntimeError, match=r"PackedWeight: values: expected .* got"):
+                module.load_state_dict(found, strict=strict)
+        assert torch.equal(module.packed.validate().unpack(), held)
+    corrupted = {**state, "scales": state["scales"][:-1]}
+    with pytest.raises(RuntimeError, match=rf"PackedWeight: scales: expected .*\[{N}\], got .*\[{N - 1}\]"):
+        other.load_state_dict(corrupted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("format", INT8_FORMATS)
+def test_a_cast_reaches_scales_and_not_int8_values(format: str, dtype: torch.dtype) -> None:
+    sparse, linear = make_int8(format)
+    values, bytes_before = sparse.values.clone(), sparse.packed.bytes
+    cast = copy.deepcopy(sparse).to(dtype)
+    assert torch.equal(cast.values, values)
+    assert cast.packed.validate().dtype == cast.scales.dtype == cast.bias.dtype == dtype
+    assert cast.packed.bytes == bytes_before + N * (dtype.itemsize - 4)
+    assert_computes(cast, copy.deepcopy(linear).to(dtype), torch.randn(3, K).to(dtype))
+    assert {t.device.type for t in copy.deepcopy(sparse).to("meta").state_dict().values()} == {"meta"}
+
+
+@pytest.mark.parametrize("format", INT8_FORMATS)
+def test_int8_under_autocast_gradients_and_copies(format: str) -> None:
+    sparse, linear = make_int8(format)
+    x = torch.randn(3, K)
+    expected = sparse(x)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sparse(x), expected.bfloat16())  # computed in the weight's dtype
+    gradients = [torch.autograd.grad(layer(x.requires_grad_()).square().sum(), x)[0] for layer in (sparse, linear)]
+    torch.testing.assert_close(*gradients)
+    copied = pickle.loads(pickle.dumps(sparse))
+    assert torch.equal(copied(x.detach()), sparse(x.detach()))
+    again = SparseLinear.from_linear(sparse, "bitmap")
+    assert again.scales is None
+    assert torch.equal(again.packed.unpack(), linear.weight)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("format", INT8_FORMATS)
+def test_int8_mlp(format: str, gated: bool) -> None:
+    dense = make_mlp("silu", gated, format="bitmap" if format == "dense" else format)
+    for part in dense.parts():
+        if part is not None:
+            part.weight.data = exact_in_int8(part.weight.data)
+    sparse = SparseMLP.from_linears(*dense.parts(), activation="silu", format=format, values="int8")
+    assert all(part.values.dtype == torch.int8 for part in sparse.children())
+    for shape in [(32,), (1, 32), (2, 13, 32)]:
+        assert_same_mlp(sparse, dense, torch.randn(shape))
+    with pytest.raises(ValueError, match="expected 'dense' for int8 values only, 'compact' for others, got 'compact'"):
+        SparseMLP.from_linears(*dense.parts(), activation="silu", values="int8")
 
 
 # SparseMLP

@@ -48,6 +48,14 @@ def test_the_kernel_takes_its_dtypes(compute, dtype: torch.dtype, monkeypatch: p
     assert compute(torch.zeros(1, dtype=dtype), None).item() == (dtype != torch.float64)
 
 
+def test_int8_values_run_the_reference(compute, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_card(monkeypatch, (9, 0))
+    x, values = torch.zeros(1), torch.zeros(1, dtype=torch.int8)
+    assert compute(x, torch.zeros(1), [torch.zeros(1)], None).item() == 1
+    assert compute(x, values, None, None).item() == 0
+    assert compute(x, [torch.zeros(1)], [values, torch.zeros(1)], None).item() == 0
+
+
 @pytest.mark.parametrize("reason", ["old card", "no triton"])
 def test_elsewhere_the_reference_computes_with_one_warning(compute, reason: str, monkeypatch) -> None:
     with_card(monkeypatch, (7, 5) if reason == "old card" else (9, 0))
