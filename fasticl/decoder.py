@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fasticl import _C
 from fasticl.nn import SparseLinear, SparseMLP, dense_bias, dense_weight
-from fasticl.ops._registry import ACTIVATIONS, DTYPES
+from fasticl.ops._registry import ACTIVATIONS, DTYPES, VALUE_DTYPES
 
 LENGTH = 2048  # positions that a Decoder has room for, unless the model has fewer or the caller wants another number
 # By what may change in the rounding of a model in this dtype: its logits against ours, relative to the largest.
@@ -68,8 +68,8 @@ class Decoder:
 
     Every step computes, for the token at position n, ``logits = head(norm(block_L(... block_1(embedding))))`` with
     attention over the keys and values of positions 0..n; activations are float32, keys and values have the model's
-    dtype. The model's weights are used where they lie, packed (:func:`fasticl.convert`) or dense: change none of them
-    while a Decoder lives.
+    dtype. The model's weights are used where they lie, packed (:func:`fasticl.convert`) or dense, int8 values included:
+    change none of them while a Decoder lives.
 
     Architectures: Llama, Mistral, Qwen2, Qwen3, Gemma 3, GPT-2, GPT-NeoX, OPT, Phi. Making one compares its logits with
     the model's own on a few tokens, so a variant that computes something else is refused, not approximated.
@@ -173,19 +173,21 @@ class Decoder:
                 "centred": centred}  # fmt: skip
 
     def _linear(self, linear: nn.Module) -> dict[str, Any]:
-        scales = None
+        scales, bitmask, offsets = None, 0, 0
         if isinstance(linear, SparseLinear) and linear.format != "compact":
             packed = linear.packed
-            (N, K), values = packed.shape, packed.values
-            bitmask = self._hold(packed.bitmask)
-            offsets = 0 if packed.format == "nm" else self._hold(packed.row_offsets)
+            (N, K), values, scales = packed.shape, packed.values, packed.scales
+            if packed.format != "dense":
+                bitmask = self._hold(packed.bitmask)
+            if packed.format not in ("dense", "nm"):
+                offsets = self._hold(packed.row_offsets)
         else:
             values = dense_weight(linear).detach().contiguous()
-            (N, K), bitmask, offsets = values.shape, 0, 0
+            N, K = values.shape
         return {
             "values": self._hold(values), "bitmask": bitmask, "row_offsets": offsets, "N": N, "K": K,
-            "row_values": values.numel() // max(1, N), "dtype": DTYPES[values.dtype], "scales": self._float(scales),
-            "bias": self._float(dense_bias(linear)),
+            "row_values": values.numel() // max(1, N), "dtype": VALUE_DTYPES[values.dtype],
+            "scales": self._float(scales), "bias": self._float(dense_bias(linear)),
         }  # fmt: skip
 
     def _angles(self, layer_type: str | None) -> tuple[Tensor, Tensor]:

@@ -127,6 +127,22 @@ def test_packed_layers(name: str, sparsity: float, pattern: str, format: str, dt
     assert error(found, expected) < (1e-5 if dtype == torch.float32 else 0.03)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_int8_values(name: str, dtype: torch.dtype, isa: str) -> None:
+    """All linears, the LM head included; against the model with the weights that they stand for."""
+    model, tokens = prune(make(name, dtype)), torch.randint(95, (12,))
+    converted = fasticl.convert(model, values="int8", min_speedup=0.0, skip=()).model
+    packed = {each: module.packed for each, module in converted.named_modules() if isinstance(module, SparseLinear)}
+    assert {weight.values.dtype for weight in packed.values()} == {torch.int8}
+    assert packed["lm_head"].format == "dense"
+    exact = copy.deepcopy(converted).double()
+    with torch.no_grad():
+        expected = exact(input_ids=tokens[None].long(), use_cache=False).logits[0, 4:]
+    found = stepwise(Decoder(converted), tokens, 5)
+    assert error(found, expected) < (1e-5 if dtype == torch.float32 else 0.03)
+
+
 def test_blocks_that_lost_all_neurons_or_weights() -> None:
     """They then add nothing, or their biases."""
     model = make("llama with biases")
