@@ -102,36 +102,21 @@ FASTICL_INLINE void split_bytes(__m512i b, Vec (&v)[4]) {
   v[2] = {_mm512_sub_ps(put(upper, 0xff, 0x4b000080), low)};
   v[3] = {_mm512_sub_ps(put(upper, 0xff00, 0x47008000), high)};
 }
-FASTICL_INLINE void load64(const bf16* p, Vec (&v)[4]) {
-  split_pairs(_mm512_loadu_si512(p), v[0], v[1]);
-  split_pairs(_mm512_loadu_si512(p + 32), v[2], v[3]);
-}
+FASTICL_INLINE void load32(const bf16* p, Vec& even, Vec& odd) { split_pairs(_mm512_loadu_si512(p), even, odd); }
 FASTICL_INLINE void load64(const int8_t* p, Vec (&v)[4]) { split_bytes(_mm512_loadu_si512(p), v); }
 
-// The stored values of 64 columns in the same order; returns how many they are. May read 64 values from p on.
-FASTICL_INLINE int expand64(const float* p, uint64_t mask, Vec (&v)[4]) {
-  const float* next = p;
-  for (int i = 0; i < 4; i++, mask >>= kLanes) {
-    v[i] = expand(next, mask & 0xffff);
-    next += _mm_popcnt_u32(mask & 0xffff);
-  }
-  return static_cast<int>(next - p);
+// The stored values of 32 or 64 columns in the same order. May read as many values from p on.
+FASTICL_INLINE void expand32(const float* p, uint32_t mask, Vec& a, Vec& b) {
+  a = expand(p, mask & 0xffff);
+  b = expand(p + _mm_popcnt_u32(mask & 0xffff), mask >> 16);
 }
-FASTICL_INLINE int expand64(const bf16* p, uint64_t mask, Vec (&v)[4]) {
-  const uint32_t low = static_cast<uint32_t>(mask), high = static_cast<uint32_t>(mask >> 32);
-  split_pairs(_mm512_maskz_expand_epi16(low, _mm512_loadu_si512(p)), v[0], v[1]);
-  split_pairs(_mm512_maskz_expand_epi16(high, _mm512_loadu_si512(p + _mm_popcnt_u32(low))), v[2], v[3]);
-  return static_cast<int>(_mm_popcnt_u64(mask));
+FASTICL_INLINE void expand32(const bf16* p, uint32_t mask, Vec& even, Vec& odd) {
+  split_pairs(_mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(p)), even, odd);
 }
-FASTICL_INLINE int expand64(const f16* p, uint64_t mask, Vec (&v)[4]) {
-  const uint32_t low = static_cast<uint32_t>(mask), high = static_cast<uint32_t>(mask >> 32);
-  const auto widen = [](__m512i h, Vec& a, Vec& b) __attribute__((always_inline)) {
-    a = {_mm512_cvtph_ps(_mm512_castsi512_si256(h))};
-    b = {_mm512_cvtph_ps(_mm512_extracti64x4_epi64(h, 1))};
-  };
-  widen(_mm512_maskz_expand_epi16(low, _mm512_loadu_si512(p)), v[0], v[1]);
-  widen(_mm512_maskz_expand_epi16(high, _mm512_loadu_si512(p + _mm_popcnt_u32(low))), v[2], v[3]);
-  return static_cast<int>(_mm_popcnt_u64(mask));
+FASTICL_INLINE void expand32(const f16* p, uint32_t mask, Vec& a, Vec& b) {
+  const __m512i h = _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(p));
+  a = {_mm512_cvtph_ps(_mm512_castsi512_si256(h))};
+  b = {_mm512_cvtph_ps(_mm512_extracti64x4_epi64(h, 1))};
 }
 FASTICL_INLINE int expand64(const int8_t* p, uint64_t mask, Vec (&v)[4]) {
   split_bytes(_mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(p)), v);
@@ -521,18 +506,28 @@ constexpr bool kInOrder = true;
 template <class T>
 FASTICL_INLINE void order64(Vec (&)[4]) {}
 template <class T>
-FASTICL_INLINE int expand64(const T* p, uint64_t mask, Vec (&v)[4]) {
-  const T* next = p;
-  for (int i = 0; i < 4; i++, mask >>= kLanes) {
-    v[i] = expand(next, mask & 0xffff);
-    next += __builtin_popcount(mask & 0xffff);
-  }
-  return static_cast<int>(next - p);
+FASTICL_INLINE void expand32(const T* p, uint32_t mask, Vec& a, Vec& b) {
+  a = expand(p, mask & 0xffff);
+  b = expand(p + __builtin_popcount(mask & 0xffff), mask >> 16);
 }
 #endif
 template <class T>
+FASTICL_INLINE void load32(const T* p, Vec& a, Vec& b) {
+  a = load(p);
+  b = load(p + kLanes);
+}
+template <class T>
 FASTICL_INLINE void load64(const T* p, Vec (&v)[4]) {
-  for (int i = 0; i < 4; i++) v[i] = load(p + i * kLanes);
+  load32(p, v[0], v[1]);
+  load32(p + 2 * kLanes, v[2], v[3]);
+}
+// Returns how many values are stored.
+template <class T>
+FASTICL_INLINE int expand64(const T* p, uint64_t mask, Vec (&v)[4]) {
+  const uint32_t low = static_cast<uint32_t>(mask), high = static_cast<uint32_t>(mask >> 32);
+  expand32(p, low, v[0], v[1]);
+  expand32(p + __builtin_popcount(low), high, v[2], v[3]);
+  return __builtin_popcountll(mask);
 }
 
 FASTICL_INLINE Vec zero() { return set1(0.0f); }
