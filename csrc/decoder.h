@@ -21,7 +21,8 @@ struct DecoderNorm {
   bool centred;
 };
 
-// The heads of queries, keys or values within the outputs of a block's first linears: head h begins at first + h * step.
+// The heads of queries, keys or values within the outputs of a block's first linears: head h begins at first + h *
+// step.
 struct Heads {
   int64_t count, first, step;
 };
@@ -35,14 +36,14 @@ struct DecoderBlock {
   DecoderLinear qkv[kMaxLinears];  // outputs one behind another
   int qkv_count;
   Heads q, k, v;
-  float scale;                     // of q . k
-  int64_t window;                  // positions that a token sees, itself included; 0: all
-  const float *cos, *sin;          // [positions, rotary / 2]
-  int64_t rotary;                  // leading dimensions of a head that rotary positions turn, halves paired; 0: none
-  void *keys, *values;             // [k.count, capacity, d] of cache_dtype
+  float scale;             // of q . k
+  int64_t window;          // positions that a token sees, itself included; 0: all
+  const float *cos, *sin;  // [positions, rotary / 2]
+  int64_t rotary;          // leading dimensions of a head that rotary positions turn, halves paired; 0: none
+  void *keys, *values;     // [k.count, capacity, d] of cache_dtype
   DecoderLinear out, up, down, gate;
   bool gated, parallel;
-  Activation activation;           // of gate, or without one of up
+  Activation activation;  // of gate, or without one of up
 };
 
 struct DecoderParams {

@@ -2,8 +2,8 @@
 // stream of weights, and what lies between two of them (norms, rotary positions, attention over the cache) is done
 // where its input still is in L1. Activations stay float32 from the embedding to the logits.
 //
-// A phase cuts the rows of its weights into a share a thread; a barrier parts it from the next, which reads all of them.
-// Norms are computed by every thread for itself: that is faster than to wait for one that does it.
+// A phase cuts the rows of its weights into a share a thread; a barrier parts it from the next, which reads all of
+// them. Norms are computed by every thread for itself: that is faster than to wait for one that does it.
 #ifdef FASTICL_TARGET
 
 #include "activation.h"
@@ -146,8 +146,7 @@ void attend_heads(const DecoderParams& p, const DecoderBlock& b, const Worker& m
     attend(static_cast<const T*>(b.keys) + at, static_cast<const T*>(b.values) + at, p.d, seen, p.d, query, me.state,
            me.query, me.wide);
     const Vec total = set1(sum(load(me.state + padded)));
-    for (int64_t k = 0; k < p.d; k += kLanes)
-      store_n(s.contexts + h * p.d + k, load(me.state + k) / total, p.d - k);
+    for (int64_t k = 0; k < p.d; k += kLanes) store_n(s.contexts + h * p.d + k, load(me.state + k) / total, p.d - k);
   }
 }
 
@@ -224,7 +223,8 @@ void run_decoder(const DecoderParams& p) {
     Worker me{};
     me.t = thread_index();
     me.threads = thread_count();
-    me.normed = own_scratch.get<float>(static_cast<size_t>(2 * widest + 2 * padded + 2 * kLanes + 2 * wide_floats(padded)));
+    me.normed =
+        own_scratch.get<float>(static_cast<size_t>(2 * widest + 2 * padded + 2 * kLanes + 2 * wide_floats(padded)));
     me.arranged = me.normed + widest;
     me.state = me.arranged + widest;
     me.query = me.state + padded + 2 * kLanes;
@@ -289,7 +289,7 @@ DecoderNorm norm_of(const py::object& o) {
 }
 
 Heads heads_of(const py::object& o) {
-  const auto [count, first, step] = o.cast<std::tuple<int64_t, int64_t, int64_t>>();
+  const auto [count, first, step] = o.cast<std::tuple<int64_t, int64_t, int64_t> >();
   return {count, first, step};
 }
 
@@ -367,8 +367,9 @@ void bind_decoder(py::module_& m) {
                       "fasticl.decoder checks what is passed here.")
       .def(py::init<int64_t, int64_t, int64_t, int, const py::list&, const py::object&, const py::object&>(), "D"_a,
            "d"_a, "capacity"_a, "cache_dtype"_a, "blocks"_a, "norm"_a, "head"_a)
-      .def("step", &Decoder::step, "x"_a, "position"_a, "logits"_a, "threads"_a,
-           "x [D] float32, the token's embedding, becomes what the last block adds up to; logits [vocabulary] float32.");
+      .def(
+          "step", &Decoder::step, "x"_a, "position"_a, "logits"_a, "threads"_a,
+          "x [D] float32, the token's embedding, becomes what the last block adds up to; logits [vocabulary] float32.");
 }
 
 }  // namespace fasticl

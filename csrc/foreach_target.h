@@ -1,7 +1,7 @@
 // Compiles FASTICL_THIS_FILE once for each instruction set, each time in a namespace of its own:
 //     fasticl::scalar   what every compiler of C++17 can make
 //     fasticl::avx2     x86-64 with AVX2, FMA, F16C, BMI          (Haswell, Zen and later)
-//     fasticl::avx512   AVX-512 F/BW/DQ/VL/VBMI2, POPCNT          (Ice Lake, Zen 4 and later)
+//     fasticl::avx512   AVX-512 F/BW/DQ/VL/VBMI2/VNNI, POPCNT     (Ice Lake, Zen 4 and later)
 // A kernel file defines FASTICL_THIS_FILE, includes this header, and guards its kernels by
 // `#ifdef FASTICL_TARGET`; outside of the guard it dispatches through FASTICL_DISPATCH (cpu.h).
 //
@@ -39,7 +39,7 @@ namespace avx2 {
 #pragma GCC pop_options
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512vnni,avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt")
 #define FASTICL_TARGET avx512
 #define FASTICL_TARGET_AVX512
 namespace fasticl {

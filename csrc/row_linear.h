@@ -84,11 +84,41 @@ inline int64_t first_row(const RowWeight& w, int64_t t, int64_t T) {
 
 // ---- few tokens --------------------------------------------------------------------------------------------
 
-// x as float32 [M, round_up(K, 64)], padded with zeros, its columns in the order in which values of type TV are loaded
-// (order64). Float32 x of whole words is so already where kInOrder<TV>.
+#if defined(FASTICL_TARGET_AVX512)
+constexpr float kFixedMost = 8388604.0f;  // of |q| - 2^23; rounding may add 1 to it, but not reach 2^23
+
+// x [M, K] in fixed point (simd.h), each token in `padded` floats of memory: three planes of `padded` bytes, and the
+// step. Where x is smaller than 2^-106 throughout it counts as zero; a token with an infinite or NaN x has a NaN step.
+template <class T>
+void fix_rows(const T* x, int64_t M, int64_t K, int64_t stride, int64_t padded, float* out) {
+  for (int64_t m = 0; m < M; m++) {
+    const T* p = x + m * stride;
+    uint8_t* planes = reinterpret_cast<uint8_t*>(out + m * padded);
+    Vec largest = zero(), invalid = zero();
+    for (int64_t k = 0; k < K; k += kLanes) {
+      const Vec v = load_n(p + k, K - k);
+      largest = max(abs(v), largest);
+      invalid = invalid + (v - v);
+    }
+    const float most = max_lane(largest);
+    const Vec inverse = set1(most > 1e-32f ? kFixedMost / most : 0.0f);
+    for (int64_t k = 0; k < padded; k += kLanes)
+      store_fixed(k < K ? load_n(p + k, K - k) : zero(), inverse, planes + k, padded);
+    const float step = most * (1.0f / kFixedMost) + sum(invalid);
+    __builtin_memcpy(planes + 3 * padded, &step, sizeof step);
+  }
+}
+#endif
+
+// x as few_tokens reads it: float32 [M, round_up(K, 64)], padded with zeros, its columns in the order in which values
+// of type TV are loaded (order64); or, of as many bytes, in fixed point. Float32 x of whole words is so already where
+// kInOrder<TV>.
 template <class TV, class T>
 void widen_rows(const T* x, int64_t M, int64_t K, int64_t stride, float* out) {
   const int64_t padded = round_up(K, kWord);
+#if defined(FASTICL_TARGET_AVX512)
+  if constexpr (sizeof(TV) == 1) return fix_rows(x, M, K, stride, padded, out);
+#endif
   for (int64_t m = 0; m < M; m++)
     for (int64_t k = 0; k < padded; k += kWord) {
       const T* p = x + m * stride + k;
@@ -102,14 +132,99 @@ void widen_rows(const T* x, int64_t M, int64_t K, int64_t stride, float* out) {
     }
 }
 
+// Sums the vectors of rows [first, end), which come one by one, sixteen at a time: four shuffles a row become two.
+struct RowSums {
+  Vec pending[kLanes];
+  int64_t first, end;
+
+  FASTICL_INLINE void put(int64_t n, Vec row, float* out) {
+    pending[n - first] = row;
+    if (n - first < kLanes - 1 && n < end - 1) return;
+    for (int64_t i = n + 1 - first; i < kLanes; i++) pending[i] = zero();
+    store_n(out + first, sums(pending), n + 1 - first);
+    first = n + 1;
+  }
+};
+
+#if defined(FASTICL_TARGET_AVX512)
+// few_tokens for int8 values and x in fixed point. Of 64 columns and a token three products of bytes, and one for all
+// tokens, where converted values take four multiply-adds a token after nine instructions of conversion.
+template <bool kDense, int B>
+void few_tokens_fixed(const RowWeight& w, int64_t n0, int64_t n1, const float* x, int64_t x_stride, float* out,
+                      int64_t out_stride, uint8_t* spare) {
+  constexpr int U = B <= 2 ? 2 : 1;  // chains: a product of bytes takes five cycles
+  const int64_t whole = w.K / kWord, left = w.K % kWord, padded = round_up(w.K, kWord);
+  const uint8_t* planes = reinterpret_cast<const uint8_t*>(x);
+  const int64_t stride = x_stride * static_cast<int64_t>(sizeof(float));
+  float steps[B];
+  for (int b = 0; b < B; b++) __builtin_memcpy(&steps[b], planes + b * stride + 3 * padded, sizeof(float));
+  RowSums rows;
+  rows.first = n0, rows.end = n1;
+  for (int64_t n = n0; n < n1; n++) {
+    const int8_t* p = row_values(w, n, reinterpret_cast<int8_t*>(spare));
+    const uint8_t* mask = kDense ? nullptr : row_mask(w, n, spare + spare_value_bytes<int8_t>(w.K));
+    Ints acc[U][B][3], ones[U];
+    for (int u = 0; u < U; u++) {
+      ones[u] = no_ints();
+      for (int b = 0; b < B; b++)
+        for (int i = 0; i < 3; i++) acc[u][b][i] = no_ints();
+    }
+    const auto multiply = [&](Ints v, int64_t k, int u) __attribute__((always_inline)) {
+      for (int b = 0; b < B; b++)
+        for (int i = 0; i < 3; i++)
+          acc[u][b][i] = dot_bytes(acc[u][b][i], load_bytes(planes + b * stride + i * padded + k), v);
+      ones[u] = add_bytes(ones[u], v);
+    };
+    const auto next = [&](int64_t i) __attribute__((always_inline)) {
+      if (kDense) {
+        p += kWord;
+        return load_bytes(p - kWord);
+      }
+      prefetch(p, kPrefetchBytes, 1);
+      const uint64_t bits = mask_word(mask, i, kWord * (i + 1));
+      const Ints v = expand_bytes(p, bits);
+      p += __builtin_popcountll(bits);
+      return v;
+    };
+    int64_t i = 0;
+    for (; i + U <= whole; i += U)
+      for (int u = 0; u < U; u++) multiply(next(i + u), (i + u) * kWord, u);
+    for (; i < whole; i++) multiply(next(i), i * kWord, 0);
+    if (left) {
+      int8_t buffer[kWord] = {};
+      if (kDense) __builtin_memcpy(buffer, p, static_cast<size_t>(left));
+      multiply(kDense ? load_bytes(buffer) : expand_bytes(p, mask_word(mask, whole, w.K)), whole * kWord, U - 1);
+    }
+    for (int u = 1; u < U; u++) {
+      ones[0] = add_ints(ones[0], ones[u]);
+      for (int b = 0; b < B; b++)
+        for (int k = 0; k < 3; k++) acc[0][b][k] = add_ints(acc[0][b][k], acc[u][b][k]);
+    }
+    for (int b = 0; b < B; b++) {
+      const Vec row = join_fixed(acc[0][b][0], acc[0][b][1], acc[0][b][2], ones[0]) * set1(steps[b]);
+      if (B == 1) {
+        rows.put(n, row, out);
+      } else {
+        out[b * out_stride + n] = sum(row);
+      }
+    }
+  }
+}
+#endif
+
 // out[b * out_stride + n] = sum_k x[b * x_stride + k] * values[n, k] for rows [n0, n1) and B tokens; x as
 // widen_rows<TV> leaves it, spare of spare_row_bytes<TV>(K). Scales are finish_rows' to apply.
 template <class TV, bool kDense, int B>
 void few_tokens(const RowWeight& w, int64_t n0, int64_t n1, const float* x, int64_t x_stride, float* out,
                 int64_t out_stride, uint8_t* spare) {
+#if defined(FASTICL_TARGET_AVX512)
+  if constexpr (sizeof(TV) == 1) return few_tokens_fixed<kDense, B>(w, n0, n1, x, x_stride, out, out_stride, spare);
+#endif
   // At one and two tokens four sums a token hide the latency of the multiply-add; then the tokens themselves do.
   constexpr int U = B <= 2 && kMaxTokens > 4 ? 4 : B <= 4 ? 2 : 1;
   const int64_t whole = w.K / kWord, left = w.K % kWord;
+  RowSums rows;
+  rows.first = n0, rows.end = n1;
   for (int64_t n = n0; n < n1; n++) {
     const TV* p = row_values(w, n, reinterpret_cast<TV*>(spare));
     const uint8_t* mask = kDense ? nullptr : row_mask(w, n, spare + spare_value_bytes<TV>(w.K));
@@ -144,7 +259,11 @@ void few_tokens(const RowWeight& w, int64_t n0, int64_t n1, const float* x, int6
     for (int b = 0; b < B; b++) {
       Vec s = acc[0][b];
       for (int u = 1; u < U; u++) s = s + acc[u][b];
-      out[b * out_stride + n] = sum(s);
+      if (B == 1) {
+        rows.put(n, s, out);
+      } else {
+        out[b * out_stride + n] = sum(s);
+      }
     }
   }
 }

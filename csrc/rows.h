@@ -70,25 +70,6 @@ FASTICL_INLINE Rows rows_of(const float* p, int64_t stride, int64_t n, int64_t d
   return {p, stride, ceil_div(d, kLanes), d - kLanes};
 }
 
-// Lane i is the sum of r[i].
-FASTICL_INLINE Vec sums(const Vec* r) {
-#if defined(FASTICL_TARGET_AVX512)
-  __m512 a[8], b[4];  // halves the registers four times: 30 shuffles, where sixteen sums of one register take 64
-  for (int i = 0; i < 8; i++)
-    a[i] = _mm512_add_ps(_mm512_unpacklo_ps(r[i].v, r[i + 8].v), _mm512_unpackhi_ps(r[i].v, r[i + 8].v));
-  for (int i = 0; i < 4; i++)
-    b[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[i], a[i + 4]), _mm512_unpackhi_ps(a[i], a[i + 4]));
-  for (int i = 0; i < 2; i++)
-    a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[i], b[i + 2], 0x88), _mm512_shuffle_f32x4(b[i], b[i + 2], 0xdd));
-  const __m512 s = _mm512_add_ps(_mm512_shuffle_f32x4(a[0], a[1], 0x88), _mm512_shuffle_f32x4(a[0], a[1], 0xdd));
-  return {_mm512_permutexvar_ps(_mm512_setr_epi32(0, 8, 4, 12, 1, 9, 5, 13, 2, 10, 6, 14, 3, 11, 7, 15), s)};
-#else
-  float s[kLanes];
-  for (int i = 0; i < kLanes; i++) s[i] = sum(r[i]);
-  return load(s);
-#endif
-}
-
 // Lane j is sum_k r[i + j, k] x[k] where i + j < n; x spread.
 FASTICL_INLINE Vec dot_rows(const Rows& r, int64_t i, int64_t n, const float* x) {
   Vec acc[kLanes];

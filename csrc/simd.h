@@ -140,6 +140,32 @@ FASTICL_INLINE void order64(Vec (&v)[4]) {
   }
 }
 
+// Products of bytes, in which int8 values are multiplied four times as fast as after conversion to float32. For them x
+// is in fixed point: 24 bits q = round(x / step) + 2^23, step = max |x| / (2^23 - 4), in three planes of bytes.
+using Ints = __m512i;
+FASTICL_INLINE Ints no_ints() { return _mm512_setzero_si512(); }
+FASTICL_INLINE Ints load_bytes(const void* p) { return _mm512_loadu_si512(p); }
+FASTICL_INLINE Ints expand_bytes(const int8_t* p, uint64_t mask) {
+  return _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(p));
+}
+FASTICL_INLINE Ints dot_bytes(Ints acc, Ints x, Ints values) { return _mm512_dpbusd_epi32(acc, x, values); }  // x >= 0
+FASTICL_INLINE Ints add_bytes(Ints acc, Ints values) { return dot_bytes(acc, _mm512_set1_epi8(1), values); }
+// Sixteen q of x * inverse, a byte of each to p, p + stride and p + 2 stride, the highest first.
+FASTICL_INLINE void store_fixed(Vec x, Vec inverse, uint8_t* p, int64_t stride) {
+  const __m512i q = _mm512_add_epi32(_mm512_cvtps_epi32((x * inverse).v), _mm512_set1_epi32(1 << 23));
+  for (int i = 0; i < 3; i++)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + i * stride),
+                     _mm512_cvtepi32_epi8(_mm512_srlv_epi32(q, _mm512_set1_epi32(16 - 8 * i))));
+}
+// 2^16 high + 2^8 mid + low - 2^23 ones: what products with the planes come to, and those with 1. The high plane is
+// made signed while it still is exact.
+FASTICL_INLINE Vec join_fixed(Ints high, Ints mid, Ints low, Ints ones) {
+  const Vec signed_high = {_mm512_cvtepi32_ps(_mm512_sub_epi32(high, _mm512_slli_epi32(ones, 7)))};
+  const Vec rest = fma({_mm512_cvtepi32_ps(mid)}, set1(256.0f), {_mm512_cvtepi32_ps(low)});
+  return fma(signed_high, set1(65536.0f), rest);
+}
+FASTICL_INLINE Ints add_ints(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+
 // Lane i gets window[index[i]], index[i] < 32.
 FASTICL_INLINE Vec permute32(const float* window, const uint8_t* index) {
   const __m512i i = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(index)));
@@ -581,6 +607,25 @@ template <class F>
 FASTICL_INLINE void with_value(DType dtype, F f) {
   if (dtype == DType::i8) return f(int8_t{});
   with_float(dtype, f);
+}
+
+// Lane i is the sum of r[i].
+FASTICL_INLINE Vec sums(const Vec* r) {
+#if defined(FASTICL_TARGET_AVX512)
+  __m512 a[8], b[4];  // halves the registers four times: 30 shuffles, where sixteen sums of one register take 64
+  for (int i = 0; i < 8; i++)
+    a[i] = _mm512_add_ps(_mm512_unpacklo_ps(r[i].v, r[i + 8].v), _mm512_unpackhi_ps(r[i].v, r[i + 8].v));
+  for (int i = 0; i < 4; i++)
+    b[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[i], a[i + 4]), _mm512_unpackhi_ps(a[i], a[i + 4]));
+  for (int i = 0; i < 2; i++)
+    a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[i], b[i + 2], 0x88), _mm512_shuffle_f32x4(b[i], b[i + 2], 0xdd));
+  const __m512 s = _mm512_add_ps(_mm512_shuffle_f32x4(a[0], a[1], 0x88), _mm512_shuffle_f32x4(a[0], a[1], 0xdd));
+  return {_mm512_permutexvar_ps(_mm512_setr_epi32(0, 8, 4, 12, 1, 9, 5, 13, 2, 10, 6, 14, 3, 11, 7, 15), s)};
+#else
+  float s[kLanes];
+  for (int i = 0; i < kLanes; i++) s[i] = sum(r[i]);
+  return load(s);
+#endif
 }
 
 }  // namespace
