@@ -2,7 +2,8 @@
 //   few tokens   a row's stored values are expanded to columns in registers, each vector used for up to kMaxTokens
 //                tokens; x stays in L1 unless it is long. Bound by memory at one token.
 //   many tokens  tokens lie in lanes: per stored value one broadcast and V multiply-adds whose operand is a row of
-//                x^T in L1; zeros cost nothing but the decoding of their bits, done once for all tokens.
+//                x^T in L1; zeros cost nothing but the decoding of their bits, done once for all tokens. Of a dense
+//                weight several rows share that operand.
 // Included inside a target's namespace after simd.h and activation.h; no include guard.
 
 namespace {
@@ -10,9 +11,13 @@ namespace {
 #if defined(FASTICL_TARGET_AVX512)
 constexpr int kMaxTokens = 8;  // accumulators of the first loop: 2 * tokens of 32 registers
 constexpr int kChains = 8;     // accumulators of the second loop: hide the latency of two multiply-adds a cycle
+constexpr int kProducts = 16;  // accumulators of a dense weight in the second loop, which share loads of x^T
+constexpr int64_t kMaxDenseTokens = 16;  // of a dense weight in the first loop
 #else
 constexpr int kMaxTokens = 4;
 constexpr int kChains = 4;  // of two registers each
+constexpr int kProducts = 4;
+constexpr int64_t kMaxDenseTokens = 8;
 #endif
 constexpr int64_t kWord = 64;          // columns in one step of the first loop
 constexpr int64_t kRowBlock = 256;     // rows that share a tile of x^T while it is in L1
@@ -413,6 +418,30 @@ FASTICL_INLINE void add_row(const uint8_t* columns, const float* values, int cou
   }
 }
 
+// y[j] = (first ? 0 : y[j]) + sum_i values[i] * xt[16V i + j] for 16V tokens j and each of R rows, of which `rows`
+// exist: row r has values[r] and y + 16V r.
+template <int V>
+FASTICL_INLINE void add_dense_rows(const float* const* values, int64_t rows, int64_t count, const float* xt, float* y,
+                                   bool first) {
+  constexpr int R = kProducts / V;
+  const float* row[R];
+  Vec acc[R][V];
+  for (int r = 0; r < R; r++) {
+    row[r] = values[least(r, rows - 1)];
+    for (int v = 0; v < V; v++) acc[r][v] = zero();
+  }
+  for (int64_t i = 0; i < count; i++, xt += V * kLanes) {
+    Vec x[V];
+    for (int v = 0; v < V; v++) x[v] = load(xt + v * kLanes);
+    for (int r = 0; r < R; r++) {
+      const Vec value = set1(row[r][i]);
+      for (int v = 0; v < V; v++) acc[r][v] = fma(value, x[v], acc[r][v]);
+    }
+  }
+  for (int r = 0; r < R && r < rows; r++)
+    for (int v = 0; v < V; v++, y += kLanes) store(y, first ? acc[r][v] : load(y) + acc[r][v]);
+}
+
 // A block of rows against all panels of x^T.
 template <class TV, int V>
 struct ManyTokens {
@@ -445,10 +474,12 @@ struct ManyTokens {
     for (int64_t r = 0; r < rows; r++) {
       uint8_t* own = spare + r * spare_row_bytes<TV>(w.K);
       next[r] = row_values(w, r0 + r, reinterpret_cast<TV*>(own));
-      masks[r] = row_mask(w, r0 + r, own + spare_value_bytes<TV>(w.K));
+      if (w.bitmask) masks[r] = row_mask(w, r0 + r, own + spare_value_bytes<TV>(w.K));
     }
     for (int64_t k0 = 0; k0 < w.K; k0 += kTile) {
-      if (k0 + kTile <= w.K) {
+      if (!w.bitmask) {
+        dense_tile(rows, k0, least(kTile, w.K - k0), xt, padded, panels, sums);
+      } else if (k0 + kTile <= w.K) {
         tile<true>(w, rows, k0, xt, padded, panels, sums);
       } else {
         tile<false>(w, rows, k0, xt, padded, panels, sums);
@@ -486,6 +517,20 @@ struct ManyTokens {
       for (int64_t i = 0; i < rows; i++)
         add_row<V>(order[i].list, order[i].values, order[i].count, xt + (q * padded + k0) * L,
                    sums + (q * kRowBlock + order[i].row) * L, k0 == 0);
+  }
+
+  // The same for `count` columns of a dense weight.
+  void dense_tile(int64_t rows, int64_t k0, int64_t count, const float* xt, int64_t padded, int64_t panels,
+                  float* sums) {
+    const float* values[kRowBlock];
+    for (int64_t r = 0; r < rows; r++) {
+      values[r] = widen_values(next[r], count, wide + (sizeof(TV) == 4 ? 0 : r * kTile));
+      next[r] += count;
+    }
+    for (int64_t q = 0; q < panels; q++)
+      for (int64_t r = 0; r < rows; r += kProducts / V)
+        add_dense_rows<V>(values + r, rows - r, count, xt + (q * padded + k0) * L, sums + (q * kRowBlock + r) * L,
+                          k0 == 0);
   }
 
   // Counts the stored values of each row in the tile from k0 on, and orders the rows by them, so that the loops over a
@@ -592,7 +637,8 @@ inline bool few_pay(const RowWeight& w, int64_t M) {
 template <class TV>
 void run_rows(LinearParams p) {
   const RowWeight& w = p.weight;
-  if (!w.bitmask) return run_few<TV>(p);  // dense, or without columns: an empty bitmask has no address
+  if (w.K == 0) return run_few<TV>(p);  // an empty bitmask has no address
+  const int64_t most_few = w.bitmask ? kMaxTokens : kMaxDenseTokens;
   // Whole panels of 64 tokens, and what is left in the smallest panel that holds it or in the first loop.
   int64_t done = 0;
   while (done < p.M) {
@@ -604,7 +650,7 @@ void run_rows(LinearParams p) {
     } else if (left > 16) {
       run_many<TV, 2>(p, done, p.M);
       done = p.M;
-    } else if (left > kMaxTokens || !few_pay(w, left)) {
+    } else if (left > most_few || !few_pay(w, left)) {
       run_many<TV, 1>(p, done, p.M);
       done = p.M;
     } else {
