@@ -106,9 +106,9 @@ def models(library: str, **sizes: int) -> dict[tuple[str, float], nn.Module]:
     return found
 
 
-def prefill(model: nn.Module) -> Callable[[], Tensor]:
-    """Logits ``[vocabulary]`` after a prompt."""
-    tokens = _tokens(model, PROMPT_TOKENS)
+def prefill(model: nn.Module, length: int = PROMPT_TOKENS) -> Callable[[], Tensor]:
+    """Logits ``[vocabulary]`` after a prompt of so many tokens."""
+    tokens = _tokens(model, length)
 
     def call() -> Tensor:
         with torch.inference_mode():

@@ -18,7 +18,7 @@ from common import DTYPES, Case, Results, WrongResult, measure, use
 from environment import ROOT, Environment, cpu_slug, gpu_slug
 from threadpoolctl import threadpool_limits
 
-OPS = ("bandwidth", "bitmap_linear", "sliced_linear", "nm_linear", "fused_mlp", "attention_mlp", "model")
+OPS = ("bandwidth", "bitmap_linear", "sliced_linear", "nm_linear", "fused_mlp", "attention_mlp", "model", "decoder")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

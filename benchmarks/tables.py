@@ -133,6 +133,7 @@ LINEAR = "bitmap_linear|sliced_linear"
 COLD = {"shape": "4096x4096", "batch": 1}
 MIDDLE = {"op": LINEAR, "shape": "3072x768", "batch": 64, "pattern": "unstructured"}
 SMALL = {"op": "bitmap_linear", "batch": "1|2|4|8|16", "pattern": "unstructured", "dtype": "float32"}
+DECODE = {"op": "decoder", "shape": "smollm2-135M-decode128", "dtype": "bfloat16"}
 GOALS = (
     Goal("`bitmap_linear` 4096×4096, batch 1, float32, 50 / 80 %", (1.6, 3.4),
          speedups((0.5, 0.8), op="bitmap_linear", dtype="float32", **COLD)),
@@ -159,6 +160,13 @@ GOALS = (
          speedups((0.5, 0.8), op="model", shape="gpt2-124M-prefill128")),
     Goal("the same, decode, LM head pruned too, 50 / 80 %", (2.5, 4),
          speedups((0.5, 0.8), op="model", shape="gpt2-124M-decode", impl="fasticl+head")),
+    Goal("SmolLM2-135M shape, bfloat16, decode, by transformers, 50 / 80 %", (2, 2.5), speedups((0.5, 0.8), **DECODE)),
+    Goal("the same, by `fasticl.Decoder`", (4, 5.5), speedups((0.5, 0.8), **DECODE, impl="fasticl+decoder")),
+    Goal("the same, int8 values, 50 %", (6,), speedups((0.5,), **DECODE, impl="fasticl+int8+decoder")),
+    Goal("SmolLM2-135M shape, prefill of 512 tokens, float32, 50 %", (1.5,),
+         speedups((0.5,), op="decoder", shape="smollm2-135M-prefill512", dtype="float32")),
+    Goal("the same, bfloat16, 80 %", (1.8,),
+         speedups((0.8,), op="decoder", shape="smollm2-135M-prefill512", dtype="bfloat16")),
 )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import bench_attention_mlp  # noqa: E402
 import bench_bandwidth  # noqa: E402
+import bench_decoder  # noqa: E402
 import bench_fused_mlp  # noqa: E402
 import bench_model  # noqa: E402
 import common  # noqa: E402
@@ -222,6 +223,23 @@ def test_model_case(step: Callable[..., Callable[[], Tensor]], library: str, mon
     assert {row["impl"] for row in rows} == {"torch", "masked", "fasticl", "fasticl+head"}
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_decoder_case(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(sys.modules["fasticl.convert"], "SECONDS", 1e-3)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "vocab_size": 80}  # fmt: skip
+    ways = {"": bench_model.decode, "+decoder": bench_decoder.step}
+    with torch.no_grad():
+        rows = common.measure(bench_decoder.decoder_case("tiny", dtype, ways, 1, **sizes), HERE, **QUICK)
+    check_rows(rows)
+    assert {(row["impl"], row["sparsity"]) for row in rows} == {
+        ("torch", "0"), ("fasticl+decoder", "0"),
+        *((impl, sparsity) for sparsity in ("0.5", "0.8")
+          for impl in ("masked", "fasticl", "fasticl+decoder", "fasticl+int8", "fasticl+int8+decoder")),
+    }  # fmt: skip
+
+
 def test_model_bytes_count_packed_layers() -> None:
     layer = torch.nn.Linear(64, 48)
     fasticl.sparsify_(layer, fasticl.Magnitude(0.5))
@@ -234,7 +252,7 @@ def test_model_bytes_count_packed_layers() -> None:
 def test_all_cases_are_distinct_and_cover_every_op() -> None:
     for arguments in ([], ["--quick"]):
         cases = run.selected(run.parse(arguments))
-        assert {case.op for case in cases} == set(run.OPS) - ({"model"} if arguments else set())
+        assert {case.op for case in cases} == set(run.OPS) - ({"model", "decoder"} if arguments else set())
         tiers = [case.tier for case in cases]
         assert tiers == sorted(tiers)  # headline first
     assert {case.op for case in run.selected(run.parse(["--op", "nm_linear"]))} == {"nm_linear"}
@@ -298,7 +316,7 @@ def test_gpu_cases_rotate_copies_past_its_cache(monkeypatch: pytest.MonkeyPatch)
 def test_gpu_cases_cover_every_op() -> None:
     for arguments in ([], ["--quick"]):
         cases = run.selected(run.parse(["--device", "cuda", *arguments]))
-        assert {case.op for case in cases} == set(run.OPS) - {"model"}
+        assert {case.op for case in cases} == set(run.OPS) - {"model", "decoder"}
         assert cases[0].op == "bandwidth"  # ceilings first
     assert {case.op for case in run.selected(run.parse(["--device", "cuda", "--op", "nm_linear"]))} == {"nm_linear"}
 
