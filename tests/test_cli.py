@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ def invoke(*arguments: str) -> Any:
 def test_help_lists_the_commands() -> None:
     result = invoke("--help")
     assert result.exit_code == 0
-    for command in ("demo", "doctor", "bench", "convert", "prune", "eval"):
+    for command in ("demo", "doctor", "bench", "convert", "prune", "eval", "generate"):
         assert command in result.stdout
 
 
@@ -275,6 +276,27 @@ def test_eval_icl(folder: Path) -> None:
         assert word in result.stdout
 
 
+def test_generate(folder: Path) -> None:
+    """What transformers' generate says, as it is decoded; standard input, and a seed, work as they say."""
+    transformers = pytest.importorskip("transformers")
+    torch.set_num_threads(1)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokens = tokenizer("The cat", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        said = model.generate(tokens, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, tokens.shape[1] :]
+    result = invoke("generate", str(folder), "The cat", "--max-new-tokens", "12")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == tokenizer.decode(said, skip_special_tokens=True).rstrip("\ufffd") + "\n"
+    assert re.search(
+        rf"prompt: {tokens.shape[1]} tokens in .* s; answer: {len(said)} tokens, .* tokens/s", result.stderr
+    )
+    piped = CliRunner().invoke(app, ["generate", str(folder), "-", "--max-new-tokens", "12"], input="The cat")
+    assert piped.stdout == result.stdout
+    drawn = [invoke("generate", str(folder), "The cat", "--temperature", "2", "--seed", seed).stdout for seed in "112"]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
 def test_what_is_wrong_with_a_folder(folder: Path, text: Path, tmp_path: Path) -> None:
     full = str(tmp_path / "full")
     (tmp_path / "full").mkdir()
@@ -291,6 +313,8 @@ def test_what_is_wrong_with_a_folder(folder: Path, text: Path, tmp_path: Path) -
         (("eval", "ppl", str(folder), "--text", str(tmp_path / "absent")), "No such file"),
         (("eval", "ppl", str(folder), "--text", str(text), "--window", "5000"), "window: expected 2 to 1024"),
         (("eval", "icl", str(folder), "--task", "antonym", "--shots", "90"), "shots: expected 0 to 85"),
+        (("generate", str(folder), "x", "--top-p", "2"), "top_p: expected in (0, 1], got 2"),
+        (("generate", str(tmp_path / "absent"), "x"), "expected a Hugging Face model folder, got"),
         (
             ("convert", str(folder), str(tmp_path / "out"), "--save-format", "sparse-bitmask"),
             "expected a packed nn.Linear",
