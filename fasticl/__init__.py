@@ -12,7 +12,7 @@ from fasticl.checkpoint import from_pretrained, register_when_imported, save_pre
 from fasticl.convert import ConversionReport, convert, explain
 from fasticl.formats import PackedWeight, pack
 from fasticl.ops import implementations
-from fasticl.prune import Magnitude, NeuronActivation, Wanda, sparsify_
+from fasticl.prune import Magnitude, NeuronActivation, SparseGPT, Wanda, sparsify_
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Magnitude",
     "NeuronActivation",
     "PackedWeight",
+    "SparseGPT",
     "Wanda",
     "__version__",
     "convert",
