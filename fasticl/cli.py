@@ -59,7 +59,13 @@ class SaveFormat(str, Enum):
 class Method(str, Enum):
     magnitude = "magnitude"
     wanda = "wanda"
+    sparsegpt = "sparsegpt"
     neurons = "neurons"
+
+
+class Allocation(str, Enum):
+    uniform = "uniform"
+    owl = "owl"
 
 
 class Pattern(str, Enum):
@@ -308,14 +314,19 @@ def convert(
 def prune(
     model: Annotated[Path, typer.Argument(metavar="IN", help="Folder of a Hugging Face model.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the model with zeros.")],
-    method: Annotated[Method, typer.Option(help="The score: weights' size, Wanda's, or neurons by their activations.")],
+    method: Annotated[
+        Method, typer.Option(help="The score: weights' size, Wanda's, SparseGPT's, or neurons by their activations.")
+    ],
     sparsity: Annotated[float, typer.Option(min=0, max=1, help="Fraction to remove, below 1; 2:4 and its kin: 0.5.")],
     pattern: Annotated[
         Pattern | None, typer.Option(help="What goes together; default: unstructured, or neuron for neurons.")
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="Text file that wanda and neurons look at the model with.")
+        Path | None, typer.Option(help="Text file that all but magnitude look at the model with.")
     ] = None,
+    allocation: Annotated[
+        Allocation, typer.Option(help="owl: wanda and sparsegpt take less of blocks with many outliers.")
+    ] = Allocation.uniform,
     windows: Annotated[int, typer.Option(min=1, help="Calibration texts, consecutive in the file.")] = 32,
     length: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 128,
     dtype: OwnDtype = None,
@@ -330,7 +341,7 @@ def prune(
     if method != Method.magnitude and calibration is None:
         raise typer.BadParameter(f"expected a text file with {method.value}", param_hint="--calibration")
     with _reported(), Stages(Console(stderr=True)) as stages:
-        config = _config(method, sparsity, pattern)
+        config = _config(method, sparsity, pattern, allocation)
         _check_free(out)
         text = None if calibration is None else calibration.read_text(encoding="utf-8")
         with stages.stage(f"load {model}"):
@@ -340,10 +351,10 @@ def prune(
             if tokenizer is None:
                 raise ValueError(f"{model}: expected a tokenizer for the calibration text, got none")
             batches = evaluate.windows(tokenizer, text, windows, length).to(device)
-        with stages.stage(f"prune it with {method.value}", total=-(-windows // 4)) as advance:
-            report = fasticl.sparsify_(
-                loaded, config, None if batches is None else evaluate.calibration_batches(batches, advance)
-            )
+        steps = -(-windows // 4) + (len(_blocks(loaded)) if method == Method.sparsegpt else 0)
+        with stages.stage(f"prune it with {method.value}", total=steps) as advance:
+            calibrating = None if batches is None else evaluate.calibration_batches(batches, advance)
+            report = fasticl.sparsify_(loaded, config, calibrating, advance=advance)
         with stages.stage(f"save {out}"):
             fasticl.save_pretrained(loaded, out, tokenizer=tokenizer)
     if as_json:
@@ -352,15 +363,26 @@ def prune(
         typer.echo(f"{report}\n{report.total:.1%} of the weights of {len(report.layers)} layers are zero in {out}")
 
 
-def _config(method: Method, sparsity: float, pattern: Pattern | None) -> Any:
+def _blocks(model: Any) -> list[Any]:
+    from fasticl.layers import default_filter, find_blocks, find_layers
+
+    return find_blocks(model, find_layers(model, default_filter(model)))
+
+
+def _config(method: Method, sparsity: float, pattern: Pattern | None, allocation: Allocation) -> Any:
     import fasticl
 
+    if allocation != Allocation.uniform and method not in (Method.wanda, Method.sparsegpt):
+        raise typer.BadParameter(f"expected uniform with {method.value}, got owl", param_hint="--allocation")
     if method == Method.neurons:
         if pattern not in (None, Pattern.neuron):
             raise typer.BadParameter(f"expected neuron with neurons, got {pattern.value}", param_hint="--pattern")
         return fasticl.NeuronActivation(sparsity)
-    config = fasticl.Magnitude if method == Method.magnitude else fasticl.Wanda
-    return config(sparsity, (pattern or Pattern.unstructured).value)
+    name = (pattern or Pattern.unstructured).value
+    if method == Method.magnitude:
+        return fasticl.Magnitude(sparsity, name)
+    config = fasticl.Wanda if method == Method.wanda else fasticl.SparseGPT
+    return config(sparsity, name, allocation.value)
 
 
 evaluate_app = typer.Typer(help="Measure a model's quality: perplexity, or few-shot accuracy.", no_args_is_help=True)
