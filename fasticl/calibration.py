@@ -26,7 +26,7 @@ def run(model: nn.Module, batches: Iterable[Any]) -> None:
 
 
 def input_means(
-    model: nn.Module, layers: list[Layer], run: Callable[[], None], statistic: Callable[[Tensor], Tensor]
+    model: nn.Module, layers: list[Layer], run: Callable[[], object], statistic: Callable[[Tensor], Tensor]
 ) -> dict[Hashable, Tensor]:
     """``statistic(x) / T`` of the T tokens ``x [T, K]`` that each layer reads while ``run()`` runs, in float64.
 

@@ -141,9 +141,9 @@ class BlockCalls:
 
     def _enter(self, i: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else None
-        if not isinstance(x, Tensor) or i != self._turn or (i > 0 and not _same(x, self._output)):
-            self._chained = False
-        if not self._chained:
+        follows = i == self._turn and isinstance(x, Tensor) and (i == 0 or _same(x, self._output))
+        self._chained = self._chained and follows
+        if not isinstance(x, Tensor) or not self._chained:
             return
         if i == 0:
             self.inputs.append(x)
