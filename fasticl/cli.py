@@ -385,7 +385,9 @@ def _config(method: Method, sparsity: float, pattern: Pattern | None, allocation
     return config(sparsity, name, allocation.value)
 
 
-evaluate_app = typer.Typer(help="Measure a model's quality: perplexity, or few-shot accuracy.", no_args_is_help=True)
+evaluate_app = typer.Typer(
+    help="Measure a model's quality: perplexity, few-shot accuracy, or both against speed.", no_args_is_help=True
+)
 app.add_typer(evaluate_app, name="eval")
 
 
@@ -440,10 +442,8 @@ def icl(
     from fasticl import evaluate
     from fasticl.stages import Stages
 
-    known = evaluate.task_names()
-    names = task or known
-    if unknown := [name for name in names if name not in known]:
-        raise typer.BadParameter(f"expected one of {', '.join(known)}, got {', '.join(unknown)}", param_hint="--task")
+    names = task or evaluate.task_names()
+    _check_tasks(names)
     _set_threads(threads)
     counts = sorted(set(shots or evaluate.SHOTS))
     results = []
@@ -473,6 +473,85 @@ def icl(
             [(name, str(asked[name]), *(cells[name, k] for k in counts)) for name in asked],
         )
     )
+
+
+@evaluate_app.command()
+def sweep(
+    model: ModelFolder,
+    text: Annotated[Path, typer.Option(help="Text file whose perplexity is taken.")],
+    calibration: Annotated[Path, typer.Option(help="Another, which methods that look at activations see.")],
+    out: Annotated[Path, typer.Option(help="Folder for sweep.csv and sweep.png; a sweep goes on where it stopped.")],
+    method: Annotated[list[Method] | None, typer.Option(help="Several times; default: wanda and sparsegpt.")] = None,
+    pattern: Annotated[list[Pattern] | None, typer.Option(help="Several times; default: unstructured and 2:4.")] = None,
+    sparsity: Annotated[
+        list[float] | None, typer.Option(min=0, max=1, help="Several times; default: 0.4 to 0.8; N:M patterns: 0.5.")
+    ] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Few-shot task to ask, too; several times.")] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Calibration texts, consecutive in the file.")] = 32,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 128,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Of the text; default: all.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Of timing, for each point's prefill and decode.")] = 5.0,
+    threads: Threads = None,
+    dtype: OwnDtype = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Perplexity against measured speed over methods, patterns and sparsities: a CSV, and a plot of the best."""
+    from fasticl.stages import Stages
+    from fasticl.sweep import PATTERNS, Measure, check_packages, grid, pareto, run
+
+    _check_tasks(task or [])
+    patterns = [chosen.value for chosen in pattern or (Pattern.unstructured, Pattern.two_four)]
+    if other := [name for name in patterns if name not in PATTERNS]:
+        raise typer.BadParameter(f"expected of {', '.join(PATTERNS)}, got {other[0]}", param_hint="--pattern")
+    methods = [chosen.value for chosen in method or (Method.wanda, Method.sparsegpt)]
+    points = grid(methods, patterns, sparsity or (0.4, 0.5, 0.6, 0.7, 0.8))
+    _set_threads(threads)
+    with _reported(), Stages(Console(stderr=True)) as stages:
+        check_packages()
+        measure = Measure(
+            text.read_text(encoding="utf-8"),
+            calibration.read_text(encoding="utf-8"),
+            windows,
+            length,
+            max_tokens,
+            tuple(task or ()),
+            seconds=seconds,
+        )
+        with stages.stage(f"load {model}"):
+            loaded, tokenizer = _load_for_eval(model, dtype, device)
+        with stages.stage(f"measure {len(points)} points", total=len(points)) as advance:
+            rows = run(model, loaded, tokenizer, points, measure, out, advance)
+    if as_json:
+        _print_json([asdict(row) for row in rows])
+        return
+    best = {path: set(pareto(rows, f"{path}_speedup")) for path in ("decode", "prefill")}
+    Console().print(
+        _table(
+            f"{model.name}: dense perplexity {rows[0].dense_perplexity:.2f}; speed-ups over dense",
+            ("pruned", "zeros", "perplexity", "decode", "prefill", "best at"),
+            [
+                (
+                    f"{row.method}, {row.pattern}",
+                    f"{row.zeros:.1%}",
+                    f"{row.perplexity:.2f}",
+                    f"{row.decode_speedup:.2f}",
+                    f"{row.prefill_speedup:.2f}",
+                    ", ".join(path for path, front in best.items() if row in front),
+                )
+                for row in rows
+            ],
+        )
+    )
+    typer.echo(f"{out / 'sweep.csv'}, {out / 'sweep.png'}")
+
+
+def _check_tasks(names: list[str]) -> None:
+    from fasticl.evaluate import task_names
+
+    if unknown := [name for name in names if name not in task_names()]:
+        expected = ", ".join(task_names())
+        raise typer.BadParameter(f"expected one of {expected}, got {', '.join(unknown)}", param_hint="--task")
 
 
 def _load_for_eval(model: Path, dtype: Dtype | None, device: str) -> tuple[Any, Any]:
