@@ -311,7 +311,14 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
                 label=None if kind in seen else kind,
             )
             seen.add(kind)
-            panel.annotate(f"{row.sparsity:.0%}", at, (4, 3), textcoords="offset points", fontsize=7.5)
+            panel.annotate(
+                f"{row.sparsity:.0%}",
+                at,
+                (4, 3),
+                textcoords="offset points",
+                fontsize=7.5,
+                color=_COLORS[row.method],
+            )
         panel.axhline(rows[0].dense_perplexity, color="#5c6670", linewidth=0.8, linestyle=":", label="dense")
         panel.axvline(1, color="#5c6670", linewidth=0.8, linestyle=":")
         panel.set_yscale("log")
