@@ -24,7 +24,6 @@ from fasticl.report import FAINT, axes, label, legend
 from fasticl.scores import N_OF_M
 from fasticl.speed import language_model_timings, megabytes
 
-METHODS = ("magnitude", "wanda", "sparsegpt", "neurons")
 PATTERNS = ("unstructured", *N_OF_M)
 _COLORS = {"magnitude": "#9aa3ad", "wanda": "#dd9a4a", "sparsegpt": "#1769aa", "neurons": "#2e8555"}
 _MARKERS = {"unstructured": "o", "2:4": "s", "4:8": "D", "8:16": "^", "neuron": "P"}
@@ -263,9 +262,9 @@ def _measure(
 def _config(point: Point) -> Magnitude | Wanda | SparseGPT | NeuronActivation:
     if point.method == "neurons":
         return NeuronActivation(point.sparsity)
-    config: type[Magnitude | Wanda | SparseGPT]
-    config = {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT}[point.method]
-    return config(point.sparsity, point.pattern)
+    if point.method == "magnitude":
+        return Magnitude(point.sparsity, point.pattern)
+    return (Wanda if point.method == "wanda" else SparseGPT)(point.sparsity, point.pattern)
 
 
 def _quality(model: nn.Module, tokenizer: Any, measure: Measure) -> tuple[float, float | None]:
