@@ -28,10 +28,11 @@ def reconstruct(
 ) -> Tensor:
     """``W'`` of ``weight [N, K]``: the same shape and dtype, with zeros.
 
-    With ``Uᵀ U = (H + damping * mean(diag H) * I)⁻¹``, U upper triangular: where ``w_k`` of a row goes, each later
-    ``w_l`` of it loses ``w_k U_kl / U_kk``. The weights with the smallest ``(w_k / U_kk)²`` go, which is what each
-    costs: those of all of W say how many of each block, those once the blocks before it are done say which. (The paper
-    takes as many of each block, which costs more wherever inputs differ in size.) Zeros stay zeros, and count.
+    With ``Uᵀ U = G⁻¹``, ``G = H + damping * mean(diag H) * I``, U upper triangular: where ``w_k`` of a row goes, each
+    later ``w_l`` of it loses ``w_k U_kl / U_kk``. The weights with the smallest ``(w_k / U_kk)²`` go, which is what
+    each costs, once the blocks before are done; as many of each block of columns as it has among the smallest
+    ``w_k² G_kk`` of all. (The paper takes as many of each block, which costs much where one has the larger inputs.)
+    Zeros stay zeros, and count.
 
     Args:
         weight: ``[N, K]``, any strides.
@@ -44,11 +45,14 @@ def reconstruct(
     if N == 0 or K == 0:
         return weight.clone()
     wide = torch.promote_types(weight.dtype, torch.float32)
-    U = _inverse_factor(gram, damping).to(wide)
+    mean = gram.diagonal().mean()
+    damped = gram.clone()
+    damped.diagonal().add_(torch.where(mean > 0, damping * mean, 1.0))
+    U = _inverse_factor(damped).to(wide)
     scale = U.diagonal()  # [K]
     W = weight.t().to(wide).contiguous()  # [K, N]: columns of the weight are rows in memory
     gone = weight.t() == 0  # [K, N]
-    counts = _shares(gone, W, scale, sparsity) if n_of_m is None else []
+    counts = [] if n_of_m else _shares(gone, W, damped.diagonal().rsqrt().to(wide), sparsity)
     for begin in range(0, K, COLUMNS):
         end = min(begin + COLUMNS, K)
         if n_of_m is None:
@@ -63,17 +67,13 @@ def reconstruct(
     return W.masked_fill_(gone, 0).t().to(weight.dtype)
 
 
-def _inverse_factor(gram: Tensor, damping: float) -> Tensor:
-    """Upper triangular ``U [K, K]`` with ``Uᵀ U = (H + d I)⁻¹``.
+def _inverse_factor(G: Tensor) -> Tensor:
+    """Upper triangular ``U [K, K]`` with ``Uᵀ U = G⁻¹``.
 
-    With the order of H reversed, a lower Cholesky factor is an upper one R of ``H = R Rᵀ``; then ``U = R⁻¹``, and no
-    inverse of H is ever formed.
+    With the order of G reversed, a lower Cholesky factor is an upper one R of ``G = R Rᵀ``; then ``U = R⁻¹``, and no
+    inverse of G is ever formed.
     """
-    mean = gram.diagonal().mean()
-    damped = gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * torch.where(
-        mean > 0, damping * mean, torch.ones_like(mean)
-    )
-    R = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+    R = torch.linalg.cholesky(G.flip(0, 1)).flip(0, 1)
     return torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
 
 
@@ -85,13 +85,13 @@ def _shares(gone: Tensor, W: Tensor, scale: Tensor, sparsity: float) -> list[int
 
 
 def _choose_(gone: Tensor, W: Tensor, scale: Tensor, count: int) -> None:
-    """Marks the ``count`` cheapest of those of a block, all ``[k, N]``, that are not gone yet."""
+    """Marks the ``count`` weights with the least ``(W / scale)²``, all ``[k, N]``, of those that are not gone yet."""
     costs = (W / scale[:, None]).square_().masked_fill_(gone, torch.inf)
     gone |= smallest_of_rows(costs.view(1, -1), count).view(costs.shape)
 
 
 def _choose_n_of_m_(gone: Tensor, W: Tensor, scale: Tensor, n_of_m: tuple[int, int]) -> None:
-    """Marks all but the n dearest of a group of m, ``[m, N]``."""
+    """Marks all but n of a group of m, ``[m, N]``."""
     costs = (W / scale[:, None]).square_().masked_fill_(gone, -1)
     gone |= all_but_n_of_m(costs.t().contiguous(), *n_of_m).t()
 
