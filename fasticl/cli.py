@@ -63,11 +63,6 @@ class Method(str, Enum):
     neurons = "neurons"
 
 
-class Allocation(str, Enum):
-    uniform = "uniform"
-    owl = "owl"
-
-
 class Pattern(str, Enum):
     unstructured = "unstructured"
     two_four = "2:4"
@@ -324,9 +319,6 @@ def prune(
     calibration: Annotated[
         Path | None, typer.Option(help="Text file that all but magnitude look at the model with.")
     ] = None,
-    allocation: Annotated[
-        Allocation, typer.Option(help="owl: wanda and sparsegpt take less of blocks with many outliers.")
-    ] = Allocation.uniform,
     windows: Annotated[int, typer.Option(min=1, help="Calibration texts, consecutive in the file.")] = 32,
     length: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 128,
     dtype: OwnDtype = None,
@@ -341,7 +333,7 @@ def prune(
     if method != Method.magnitude and calibration is None:
         raise typer.BadParameter(f"expected a text file with {method.value}", param_hint="--calibration")
     with _reported(), Stages(Console(stderr=True)) as stages:
-        config = _config(method, sparsity, pattern, allocation)
+        config = _config(method, sparsity, pattern)
         _check_free(out)
         text = None if calibration is None else calibration.read_text(encoding="utf-8")
         with stages.stage(f"load {model}"):
@@ -369,20 +361,15 @@ def _blocks(model: Any) -> list[Any]:
     return find_blocks(model, find_layers(model, default_filter(model)))
 
 
-def _config(method: Method, sparsity: float, pattern: Pattern | None, allocation: Allocation) -> Any:
+def _config(method: Method, sparsity: float, pattern: Pattern | None) -> Any:
     import fasticl
 
-    if allocation != Allocation.uniform and method not in (Method.wanda, Method.sparsegpt):
-        raise typer.BadParameter(f"expected uniform with {method.value}, got owl", param_hint="--allocation")
     if method == Method.neurons:
         if pattern not in (None, Pattern.neuron):
             raise typer.BadParameter(f"expected neuron with neurons, got {pattern.value}", param_hint="--pattern")
         return fasticl.NeuronActivation(sparsity)
-    name = (pattern or Pattern.unstructured).value
-    if method == Method.magnitude:
-        return fasticl.Magnitude(sparsity, name)
-    config = fasticl.Wanda if method == Method.wanda else fasticl.SparseGPT
-    return config(sparsity, name, allocation.value)
+    configs = {Method.magnitude: fasticl.Magnitude, Method.wanda: fasticl.Wanda, Method.sparsegpt: fasticl.SparseGPT}
+    return configs[method](sparsity, (pattern or Pattern.unstructured).value)
 
 
 evaluate_app = typer.Typer(

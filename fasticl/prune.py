@@ -31,7 +31,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasticl.allocation import outlier_weighted
 from fasticl.calibration import input_means, run
 from fasticl.layers import (
     Filter,
@@ -86,17 +85,13 @@ class Wanda:
     Args:
         sparsity: fraction of each output row to remove, in [0, 1).
         pattern: ``unstructured``, ``2:4``, ``4:8`` or ``8:16``.
-        allocation: ``uniform``, or ``owl``: decoder blocks with more outliers among their scores keep more, at the same
-            sparsity in all (:func:`fasticl.allocation.outlier_weighted`); for unstructured only.
     """
 
     sparsity: float
     pattern: str = "unstructured"
-    allocation: str = "uniform"
 
     def __post_init__(self) -> None:
         _check_config(self.sparsity, self.pattern, ("unstructured", *N_OF_M))
-        _check_allocation(self.allocation, self.pattern)
 
 
 @dataclass(frozen=True)
@@ -113,18 +108,15 @@ class SparseGPT:
     Args:
         sparsity: fraction of each layer to remove, in [0, 1).
         pattern: ``unstructured``, ``2:4``, ``4:8`` or ``8:16``.
-        allocation: as of :class:`Wanda`.
         damping: of the mean of ``XᵀX``'s diagonal, added to it; positive. Fewer tokens than inputs may want more.
     """
 
     sparsity: float
     pattern: str = "unstructured"
-    allocation: str = "uniform"
     damping: float = 0.01
 
     def __post_init__(self) -> None:
         _check_config(self.sparsity, self.pattern, ("unstructured", *N_OF_M))
-        _check_allocation(self.allocation, self.pattern)
         if not 0 < self.damping < math.inf:
             raise ValueError(f"expected damping > 0, got {self.damping}")
 
@@ -285,13 +277,6 @@ def _check_config(sparsity: float, pattern: str, patterns: tuple[str, ...]) -> N
             raise ValueError(f"expected sparsity {1 - n / m} with pattern {pattern}, got {sparsity}")
 
 
-def _check_allocation(allocation: str, pattern: str) -> None:
-    if allocation not in ("uniform", "owl"):
-        raise ValueError(f"expected allocation 'uniform' or 'owl', got {allocation!r}")
-    if allocation == "owl" and pattern in N_OF_M:
-        raise ValueError(f"expected allocation 'uniform' with pattern {pattern!r}, which fixes it, got 'owl'")
-
-
 def _check_calibration(config: Wanda | SparseGPT | NeuronActivation, calibration: Iterable[Any] | None) -> None:
     name = type(config).__name__
     if calibration is None:
@@ -356,28 +341,24 @@ def _zero_by_inputs(
     advance: Callable[[], None],
 ) -> None:
     """One pass of the dense model; after it Wanda zeroes all layers, and SparseGPT block after block."""
-    blocks = find_blocks(model, layers)
-    calls = BlockCalls(blocks if isinstance(config, SparseGPT) else [])
+    calls = BlockCalls(find_blocks(model, layers) if isinstance(config, SparseGPT) else [])
     batches, again = tee(calibration or ())
     if not isinstance(config, SparseGPT):
         del again  # keeps batches
     with calls.recorded():
         squares = _means_of(model, layers, batches, torch.square)
-    norms = {key: mean.sqrt() for key, mean in squares.items()}  # over sqrt(tokens), which no comparison sees
-    sparsities = dict.fromkeys(norms, config.sparsity)
-    if config.allocation == "owl":
-        sparsities = outlier_weighted(blocks, layers, norms, config.sparsity)
     n_of_m = N_OF_M.get(config.pattern)
     if isinstance(config, SparseGPT):
-        damping = config.damping
+        sparsity, damping = config.sparsity, config.damping
 
         def prune(layer: Layer, gram: Tensor) -> Tensor:
-            return reconstruct(layer.weight, gram, sparsities[layer.key], n_of_m, damping)
+            return reconstruct(layer.weight, gram, sparsity, n_of_m, damping)
 
         reconstruct_layers_(model, layers, calls, again, prune, advance)
         return
     for layer in distinct_layers(layers):
-        _zero_of_rows(layer.weight, n_of_m or sparsities[layer.key], norms[layer.key])
+        norm = squares[layer.key].sqrt()  # over sqrt(tokens), which no comparison sees
+        _zero_of_rows(layer.weight, n_of_m or config.sparsity, norm)
 
 
 def _zero_of_rows(weight: Tensor, share: float | tuple[int, int], norm: Tensor | None = None) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from fasticl import reconstruct as R
-from fasticl.allocation import outlier_weighted
 from fasticl.calibration import input_means, run
 from fasticl.layers import default_filter, find_blocks, find_layers
 from fasticl.prune import Magnitude, SparseGPT, Wanda, detect_pattern, sparsify_
@@ -148,8 +147,6 @@ def test_extreme_sparsities(sparsity: float) -> None:
         (lambda: SparseGPT(0.6, "2:4"), ValueError, "expected sparsity 0.5 with pattern 2:4, got 0.6"),
         (lambda: SparseGPT(0.5, damping=0), ValueError, "expected damping > 0, got 0"),
         (lambda: SparseGPT(0.5, damping=float("nan")), ValueError, "expected damping > 0, got nan"),
-        (lambda: SparseGPT(0.5, allocation="even"), ValueError, "allocation 'uniform' or 'owl', got 'even'"),
-        (lambda: Wanda(0.5, "2:4", "owl"), ValueError, "allocation 'uniform' with pattern '2:4', .* got 'owl'"),
     ],
 )
 def test_refused_configs(make: Any, error: type[Exception], message: str) -> None:
@@ -306,41 +303,3 @@ def test_layers_outside_the_blocks_come_last() -> None:
     )
     after = model.blocks(dense.before(x)).detach()
     torch.testing.assert_close(model.after.weight, pruned(dense.after.weight.detach(), after, SparseGPT(0.5)))
-
-
-# --- allocation -------------------------------------------------------------------------------------------------------
-
-
-def test_outlier_weighted_sparsities() -> None:
-    model = nn.Sequential(nn.Linear(40, 40, bias=False), nn.Linear(40, 80, bias=False))
-    layers = find_layers(model, lambda module, name: True)
-    model[0].weight.data.fill_(1.0)
-    model[1].weight.data.fill_(1.0)
-    model[1].weight.data[:, 0] = 100.0  # a fortieth of its scores is above five times their mean
-    norms = {layer.key: torch.ones(40) for layer in layers}
-    found = outlier_weighted(find_blocks(model, layers), layers, norms, 0.6)
-    a, b = (found[layer.key] for layer in layers)
-    assert a - b == pytest.approx(0.16)
-    assert 40 * 40 * a + 40 * 80 * b == pytest.approx(0.6 * 40 * 120)
-    a, b = outlier_weighted(find_blocks(model, layers), layers, norms, 0.95).values()
-    assert b < 0.95 < a < 1
-    assert a - b == pytest.approx(0.05)
-    for layer in layers:
-        layer.weight.fill_(1.0)
-    assert set(outlier_weighted([], layers, norms, 0.6).values()) == {0.6}
-
-
-@pytest.mark.parametrize("config", [Wanda(0.6, allocation="owl"), SparseGPT(0.6, allocation="owl")])
-def test_allocation_keeps_the_sparsity_in_all(config: Wanda | SparseGPT) -> None:
-    model, ids = tiny("llama", torch.float32), torch.randint(0, 50, (8, 12))
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[:, 3] *= 50
-    report = sparsify_(model, config, [ids])
-    by_block = [
-        sum(row.zeros_after for row in report.layers if f".{i}." in row.name)
-        / sum(row.shape[0] * row.shape[1] for row in report.layers if f".{i}." in row.name)
-        for i in range(3)
-    ]
-    assert report.total == pytest.approx(0.6, abs=0.5 / 16 if isinstance(config, Wanda) else 1e-3)
-    assert by_block[1] == min(by_block)
-    assert max(by_block) - min(by_block) == pytest.approx(0.16, abs=1 / 16 if isinstance(config, Wanda) else 1e-2)
