@@ -12,17 +12,21 @@ from torch import Tensor, nn
 from fasticl.layers import Layer
 
 
+def call(model: nn.Module, batch: Any) -> Any:
+    """What ``model`` returns for a tensor (``model(x)``), a tuple or list (``model(*x)``) or a mapping (``**x``)."""
+    if isinstance(batch, Tensor):
+        return model(batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        return model(*batch)
+    raise TypeError(f"expected each batch to be a tensor, tuple, list or mapping, got {type(batch).__name__}")
+
+
 def run(model: nn.Module, batches: Iterable[Any]) -> None:
-    """Calls ``model`` on each batch: a tensor (``model(x)``), a tuple or list (``*x``) or a mapping (``**x``)."""
+    """Calls ``model`` on each batch."""
     for batch in batches:
-        if isinstance(batch, Tensor):
-            model(batch)
-        elif isinstance(batch, Mapping):
-            model(**batch)
-        elif isinstance(batch, tuple | list):
-            model(*batch)
-        else:
-            raise TypeError(f"expected each batch to be a tensor, tuple, list or mapping, got {type(batch).__name__}")
+        call(model, batch)
 
 
 def input_means(

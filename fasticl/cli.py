@@ -63,6 +63,11 @@ class Method(str, Enum):
     neurons = "neurons"
 
 
+class Allocation(str, Enum):
+    uniform = "uniform"
+    sensitivity = "sensitivity"
+
+
 class Pattern(str, Enum):
     unstructured = "unstructured"
     two_four = "2:4"
@@ -319,6 +324,9 @@ def prune(
     calibration: Annotated[
         Path | None, typer.Option(help="Text file that all but magnitude look at the model with.")
     ] = None,
+    allocation: Annotated[
+        Allocation, typer.Option(help="sensitivity: wanda and sparsegpt take less of blocks that the model needs more.")
+    ] = Allocation.uniform,
     windows: Annotated[int, typer.Option(min=1, help="Calibration texts, consecutive in the file.")] = 32,
     length: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 128,
     dtype: OwnDtype = None,
@@ -333,7 +341,7 @@ def prune(
     if method != Method.magnitude and calibration is None:
         raise typer.BadParameter(f"expected a text file with {method.value}", param_hint="--calibration")
     with _reported(), Stages(Console(stderr=True)) as stages:
-        config = _config(method, sparsity, pattern)
+        config = _config(method, sparsity, pattern, allocation)
         _check_free(out)
         text = None if calibration is None else calibration.read_text(encoding="utf-8")
         with stages.stage(f"load {model}"):
@@ -361,15 +369,21 @@ def _blocks(model: Any) -> list[Any]:
     return find_blocks(model, find_layers(model, default_filter(model)))
 
 
-def _config(method: Method, sparsity: float, pattern: Pattern | None) -> Any:
+def _config(method: Method, sparsity: float, pattern: Pattern | None, allocation: Allocation) -> Any:
     import fasticl
 
+    if allocation != Allocation.uniform and method not in (Method.wanda, Method.sparsegpt):
+        raise typer.BadParameter(
+            f"expected uniform with {method.value}, got {allocation.value}", param_hint="--allocation"
+        )
     if method == Method.neurons:
         if pattern not in (None, Pattern.neuron):
             raise typer.BadParameter(f"expected neuron with neurons, got {pattern.value}", param_hint="--pattern")
         return fasticl.NeuronActivation(sparsity)
-    configs = {Method.magnitude: fasticl.Magnitude, Method.wanda: fasticl.Wanda, Method.sparsegpt: fasticl.SparseGPT}
-    return configs[method](sparsity, (pattern or Pattern.unstructured).value)
+    name = (pattern or Pattern.unstructured).value
+    if method == Method.magnitude:
+        return fasticl.Magnitude(sparsity, name)
+    return (fasticl.Wanda if method == Method.wanda else fasticl.SparseGPT)(sparsity, name, allocation.value)
 
 
 evaluate_app = typer.Typer(

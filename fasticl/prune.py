@@ -25,12 +25,13 @@ import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import tee
+from itertools import chain, tee
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fasticl.allocation import by_sensitivity
 from fasticl.calibration import input_means, run
 from fasticl.layers import (
     Filter,
@@ -46,7 +47,7 @@ from fasticl.layers import (
     fold_masks_,
 )
 from fasticl.reconstruct import BlockCalls, reconstruct, reconstruct_layers_
-from fasticl.scores import N_OF_M, all_but_n_of_m, kth_smallest, row_blocks, scored, smallest_of_rows
+from fasticl.scores import N_OF_M, kth_smallest, row_blocks, scored, smallest_of_rows, zero_of_rows
 
 
 @dataclass(frozen=True)
@@ -85,13 +86,17 @@ class Wanda:
     Args:
         sparsity: fraction of each output row to remove, in [0, 1).
         pattern: ``unstructured``, ``2:4``, ``4:8`` or ``8:16``.
+        allocation: ``uniform``, or ``sensitivity``: decoder blocks that the model misses more keep more, at the same
+            sparsity in all, by the first batch (:func:`fasticl.allocation.by_sensitivity`); for unstructured only.
     """
 
     sparsity: float
     pattern: str = "unstructured"
+    allocation: str = "uniform"
 
     def __post_init__(self) -> None:
         _check_config(self.sparsity, self.pattern, ("unstructured", *N_OF_M))
+        _check_allocation(self.allocation, self.pattern)
 
 
 @dataclass(frozen=True)
@@ -108,15 +113,18 @@ class SparseGPT:
     Args:
         sparsity: fraction of each layer to remove, in [0, 1).
         pattern: ``unstructured``, ``2:4``, ``4:8`` or ``8:16``.
+        allocation: as of :class:`Wanda`.
         damping: of the mean of ``XᵀX``'s diagonal, added to it; positive. Fewer tokens than inputs may want more.
     """
 
     sparsity: float
     pattern: str = "unstructured"
+    allocation: str = "uniform"
     damping: float = 0.01
 
     def __post_init__(self) -> None:
         _check_config(self.sparsity, self.pattern, ("unstructured", *N_OF_M))
+        _check_allocation(self.allocation, self.pattern)
         if not 0 < self.damping < math.inf:
             raise ValueError(f"expected damping > 0, got {self.damping}")
 
@@ -277,6 +285,13 @@ def _check_config(sparsity: float, pattern: str, patterns: tuple[str, ...]) -> N
             raise ValueError(f"expected sparsity {1 - n / m} with pattern {pattern}, got {sparsity}")
 
 
+def _check_allocation(allocation: str, pattern: str) -> None:
+    if allocation not in ("uniform", "sensitivity"):
+        raise ValueError(f"expected allocation 'uniform' or 'sensitivity', got {allocation!r}")
+    if allocation != "uniform" and pattern in N_OF_M:
+        raise ValueError(f"expected allocation 'uniform' with pattern {pattern!r}, which fixes it, got {allocation!r}")
+
+
 def _check_calibration(config: Wanda | SparseGPT | NeuronActivation, calibration: Iterable[Any] | None) -> None:
     name = type(config).__name__
     if calibration is None:
@@ -324,7 +339,7 @@ def _sparsify_weights(
         _zero_by_inputs(model, config, found, calibration, advance)
     elif n_of_m is not None:
         for layer in layers:
-            _zero_of_rows(layer.weight, n_of_m)
+            zero_of_rows(layer.weight, n_of_m)
     elif config.scope == "global":
         _zero_smallest([layer.weight for layer in layers], config.sparsity)
     else:
@@ -341,33 +356,30 @@ def _zero_by_inputs(
     advance: Callable[[], None],
 ) -> None:
     """One pass of the dense model; after it Wanda zeroes all layers, and SparseGPT block after block."""
-    calls = BlockCalls(find_blocks(model, layers) if isinstance(config, SparseGPT) else [])
-    batches, again = tee(calibration or ())
-    if not isinstance(config, SparseGPT):
-        del again  # keeps batches
+    blocks = find_blocks(model, layers)
+    calls = BlockCalls(blocks if isinstance(config, SparseGPT) else [])
+    uniform = config.allocation == "uniform"
+    again = isinstance(config, SparseGPT) or not uniform
+    batches, kept = tee(calibration or ()) if again else (calibration or (), iter(()))
     with calls.recorded():
         squares = _means_of(model, layers, batches, torch.square)
+    norms = {key: mean.sqrt() for key, mean in squares.items()}  # over sqrt(tokens), which no comparison sees
+    sparsities = dict.fromkeys(norms, config.sparsity)
+    if not uniform:
+        first = next(kept)
+        kept = chain([first], kept)
+        sparsities = by_sensitivity(model, blocks, layers, norms, config.sparsity, first)
     n_of_m = N_OF_M.get(config.pattern)
     if isinstance(config, SparseGPT):
-        sparsity, damping = config.sparsity, config.damping
+        damping = config.damping
 
         def prune(layer: Layer, gram: Tensor) -> Tensor:
-            return reconstruct(layer.weight, gram, sparsity, n_of_m, damping)
+            return reconstruct(layer.weight, gram, sparsities[layer.key], n_of_m, damping)
 
-        reconstruct_layers_(model, layers, calls, again, prune, advance)
+        reconstruct_layers_(model, layers, calls, kept, prune, advance)
         return
     for layer in distinct_layers(layers):
-        norm = squares[layer.key].sqrt()  # over sqrt(tokens), which no comparison sees
-        _zero_of_rows(layer.weight, n_of_m or config.sparsity, norm)
-
-
-def _zero_of_rows(weight: Tensor, share: float | tuple[int, int], norm: Tensor | None = None) -> None:
-    """Zero a share of each output row by ``|W| * norm``, or all but n of every m consecutive inputs."""
-    for block, scores in scored(weight, norm):
-        if isinstance(share, tuple):
-            block.masked_fill_(all_but_n_of_m(scores, *share), 0)
-        else:
-            block.masked_fill_(smallest_of_rows(scores, round(share * scores.shape[1])), 0)
+        zero_of_rows(layer.weight, n_of_m or sparsities[layer.key], norms[layer.key])
 
 
 def _means_of(

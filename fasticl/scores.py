@@ -76,3 +76,12 @@ def all_but_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
             better[j] += first_wins
             better[i] += ~first_wins
     return (better >= n).t().reshape(scores.shape)
+
+
+def zero_of_rows(weight: Tensor, share: float | tuple[int, int], norm: Tensor | None = None) -> None:
+    """Zero a share of each output row by ``|W| * norm``, or all but n of every m consecutive inputs."""
+    for block, scores in scored(weight, norm):
+        if isinstance(share, tuple):
+            block.masked_fill_(all_but_n_of_m(scores, *share), 0)
+        else:
+            block.masked_fill_(smallest_of_rows(scores, round(share * scores.shape[1])), 0)

@@ -131,6 +131,7 @@ def test_cases_cover_the_sparse_ops() -> None:
             __file__,
         ),
         ("prune", "in", "out", "--method", "sparsegpt", "--sparsity", "0.5"),
+        ("prune", "in", "out", "--method", "magnitude", "--sparsity", "0.5", "--allocation", "sensitivity"),
         ("eval", "ppl", "in"),
         ("eval", "icl", "in", "--task", "chess"),
         ("eval", "icl", "in", "--shots", "-1"),
@@ -240,7 +241,7 @@ def test_convert_prints_what_it_did(folder: Path, tmp_path: Path) -> None:
 
 def test_prune_with_sparsegpt(folder: Path, text: Path, tmp_path: Path) -> None:
     result = invoke("prune", str(folder), str(tmp_path / "out"), "--method", "sparsegpt", "--sparsity", "0.6",
-                    "--calibration", str(text), "--windows", "4", "--length", "32",
+                    "--allocation", "sensitivity", "--calibration", str(text), "--windows", "4", "--length", "32",
                     "--json")  # fmt: skip
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)

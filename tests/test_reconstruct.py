@@ -146,6 +146,8 @@ def test_extreme_sparsities(sparsity: float) -> None:
         (lambda: SparseGPT(0.5, "head"), ValueError, "pattern to be one of unstructured, 2:4, 4:8, 8:16, got 'head'"),
         (lambda: SparseGPT(0.6, "2:4"), ValueError, "expected sparsity 0.5 with pattern 2:4, got 0.6"),
         (lambda: SparseGPT(0.5, damping=0), ValueError, "expected damping > 0, got 0"),
+        (lambda: SparseGPT(0.5, allocation="even"), ValueError, "allocation 'uniform' or 'sensitivity', got 'even'"),
+        (lambda: Wanda(0.5, "2:4", "sensitivity"), ValueError, "'uniform' with pattern '2:4', .* got 'sensitivity'"),
         (lambda: SparseGPT(0.5, damping=float("nan")), ValueError, "expected damping > 0, got nan"),
     ],
 )
