@@ -358,14 +358,14 @@ def _zero_by_inputs(
     """One pass of the dense model; after it Wanda zeroes all layers, and SparseGPT block after block."""
     blocks = find_blocks(model, layers)
     calls = BlockCalls(blocks if isinstance(config, SparseGPT) else [])
-    uniform = config.allocation == "uniform"
-    again = isinstance(config, SparseGPT) or not uniform
-    batches, kept = tee(calibration or ()) if again else (calibration or (), iter(()))
+    batches, kept = tee(calibration or ())
+    if isinstance(config, Wanda) and config.allocation == "uniform":
+        kept = iter(())  # holds no batch
     with calls.recorded():
         squares = _means_of(model, layers, batches, torch.square)
     norms = {key: mean.sqrt() for key, mean in squares.items()}  # over sqrt(tokens), which no comparison sees
     sparsities = dict.fromkeys(norms, config.sparsity)
-    if not uniform:
+    if config.allocation == "sensitivity":
         first = next(kept)
         kept = chain([first], kept)
         sparsities = by_sensitivity(model, blocks, layers, norms, config.sparsity, first)
