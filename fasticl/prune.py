@@ -206,8 +206,8 @@ def sparsify_(
 ) -> SparsityReport:
     """Set the least important weights of ``model`` to zero, in place.
 
-    Nothing is changed unless every check passes, except that masks are folded first (:func:`fold_masks_`), and that a
-    model whose activations overflow only once SparseGPT has pruned some of its blocks is left with these pruned.
+    Nothing is changed unless every check passes, except that masks are folded first (:func:`fold_masks_`), and that
+    SparseGPT, stopped by a layer that it cannot reconstruct, leaves the blocks before it pruned.
 
     Args:
         model: any module. Layers are its ``nn.Linear`` and transformers ``Conv1D`` modules; neurons those of
@@ -231,7 +231,8 @@ def sparsify_(
     Raises:
         TypeError: for a model, config, batch or weight dtype that is not one of the above.
         ValueError: if no layer fits, a weight or a layer input is not finite, K is not a multiple of m, calibration is
-            missing or does not reach a layer, or an attention's heads cannot be determined.
+            missing or does not reach a layer, SparseGPT's damping is too small for its tokens, there are no blocks to
+            allocate sparsity to, or an attention's heads cannot be determined.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")

@@ -187,13 +187,17 @@ def reconstruct_layers_(
         advance: called after each block.
 
     Raises:
-        ValueError: an input of a layer, or a weight, is not finite any more; the blocks before are pruned by then.
+        ValueError: an input of a layer, or a weight, is not finite any more, or H cannot be inverted; the blocks before
+            are pruned by then.
     """
 
     def prune_(some: list[Layer], run: Callable[[], object]) -> None:
         grams = input_means(model, some, run, lambda x: x.t() @ x)
         for layer in distinct_layers(some):
-            pruned = prune(layer, grams.pop(layer.key))
+            try:
+                pruned = prune(layer, grams.pop(layer.key))
+            except torch.linalg.LinAlgError as error:
+                raise ValueError(f"{layer.name}: expected more damping, or more calibration tokens: {error}") from error
             if not bool(pruned.isfinite().all()):
                 raise ValueError(f"{layer.name}: expected finite weights after reconstruction, got NaN or inf")
             layer.weight.copy_(pruned)

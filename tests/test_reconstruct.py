@@ -169,6 +169,9 @@ def test_refused_models() -> None:
     with pytest.raises(ValueError, match=r"^0: expected calibration that reaches this layer"):
         sparsify_(model, SparseGPT(0.5), [])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    few = correlated(3, 64)
+    with pytest.raises(ValueError, match=r"^0: expected more damping, or more calibration tokens: "):
+        sparsify_(nn.Sequential(nn.Linear(64, 4)), SparseGPT(0.5, damping=1e-30), [few])
     model = nn.Sequential(Guarded(), Guarded())
     with pytest.raises(ValueError, match=r"^1\.linear: expected finite layer inputs"):
         sparsify_(model, SparseGPT(0.5), [x])
