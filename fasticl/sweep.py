@@ -19,6 +19,7 @@ from torch import nn
 
 import fasticl
 from fasticl import evaluate
+from fasticl.doctor import diagnose
 from fasticl.prune import Magnitude, NeuronActivation, SparseGPT, Wanda
 from fasticl.report import FAINT, axes, label, legend
 from fasticl.scores import N_OF_M
@@ -65,6 +66,7 @@ class Row:
     packed: int
     dtype: str
     device: str
+    cpu: str
     threads: int
     torch: str
     fasticl: str
@@ -119,14 +121,9 @@ def identity(folder: Path, model: nn.Module, measure: Measure) -> str:
     """12 digits: equal if the folder's files are, by name, size and time, and all that a measurement depends on."""
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
     parameter = next(model.parameters())
-    run_by = (
-        torch.__version__,
-        fasticl.__version__,
-        torch.get_num_threads(),
-        str(parameter.dtype),
-        str(parameter.device),
-    )
-    return hashlib.sha256(repr((files, astuple(measure), run_by)).encode()).hexdigest()[:12]
+    numbers = str(parameter.dtype), str(parameter.device), torch.get_num_threads()
+    run_by = torch.__version__, fasticl.__version__, diagnose()["cpu"]["model"]
+    return hashlib.sha256(repr((files, astuple(measure), numbers, run_by)).encode()).hexdigest()[:12]
 
 
 def check_packages() -> None:
@@ -252,6 +249,7 @@ def _measure(
         len(report.converted),
         str(parameter.dtype).removeprefix("torch."),
         str(parameter.device),
+        diagnose()["cpu"]["model"],
         torch.get_num_threads(),
         torch.__version__,
         fasticl.__version__,

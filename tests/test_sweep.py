@@ -130,7 +130,9 @@ def test_identity(folder: Path, loaded: tuple[Any, Any], tmp_path: Path) -> None
     assert len({here, *others}) == 1 + len(others)
 
 
-ROW = Row("0", "m", "wanda", "2:4", 0.5, 0.5, 9.0, 8.0, None, None, 1.0, 1.0, 1.0, 1.0, 1.0, 1, "f", "c", 1, "", "", "")
+ROW = Row(
+    "0", "m", "wanda", "2:4", 0.5, 0.5, 9.0, 8.0, None, None, 1.0, 1.0, 1.0, 1.0, 1.0, 1, "f", "c", "", 1, "", "", ""
+)
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), max_size=12))
