@@ -64,7 +64,13 @@ class SaveFormat(str, Enum):
 class Method(str, Enum):
     magnitude = "magnitude"
     wanda = "wanda"
+    sparsegpt = "sparsegpt"
     neurons = "neurons"
+
+
+class Allocation(str, Enum):
+    uniform = "uniform"
+    sensitivity = "sensitivity"
 
 
 class Pattern(str, Enum):
@@ -323,14 +329,19 @@ def convert(
 def prune(
     model: Annotated[Path, typer.Argument(metavar="IN", help="Folder of a Hugging Face model.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the model with zeros.")],
-    method: Annotated[Method, typer.Option(help="The score: weights' size, Wanda's, or neurons by their activations.")],
+    method: Annotated[
+        Method, typer.Option(help="The score: weights' size, Wanda's, SparseGPT's, or neurons by their activations.")
+    ],
     sparsity: Annotated[float, typer.Option(min=0, max=1, help="Fraction to remove, below 1; 2:4 and its kin: 0.5.")],
     pattern: Annotated[
         Pattern | None, typer.Option(help="What goes together; default: unstructured, or neuron for neurons.")
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="Text file that wanda and neurons look at the model with.")
+        Path | None, typer.Option(help="Text file that all but magnitude look at the model with.")
     ] = None,
+    allocation: Annotated[
+        Allocation, typer.Option(help="sensitivity: wanda and sparsegpt take less of blocks that the model needs more.")
+    ] = Allocation.uniform,
     windows: Annotated[int, typer.Option(min=1, help="Calibration texts, consecutive in the file.")] = 32,
     length: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 128,
     dtype: OwnDtype = None,
@@ -345,7 +356,7 @@ def prune(
     if method != Method.magnitude and calibration is None:
         raise typer.BadParameter(f"expected a text file with {method.value}", param_hint="--calibration")
     with _reported(), Stages(Console(stderr=True)) as stages:
-        config = _config(method, sparsity, pattern)
+        config = _config(method, sparsity, pattern, allocation)
         _check_free(out)
         text = None if calibration is None else calibration.read_text(encoding="utf-8")
         with stages.stage(f"load {model}"):
@@ -355,10 +366,10 @@ def prune(
             if tokenizer is None:
                 raise ValueError(f"{model}: expected a tokenizer for the calibration text, got none")
             batches = evaluate.windows(tokenizer, text, windows, length).to(device)
-        with stages.stage(f"prune it with {method.value}", total=-(-windows // 4)) as advance:
-            report = fasticl.sparsify_(
-                loaded, config, None if batches is None else evaluate.calibration_batches(batches, advance)
-            )
+        steps = -(-windows // 4) + (len(_blocks(loaded)) if method == Method.sparsegpt else 0)
+        with stages.stage(f"prune it with {method.value}", total=steps) as advance:
+            calibrating = None if batches is None else evaluate.calibration_batches(batches, advance)
+            report = fasticl.sparsify_(loaded, config, calibrating, advance=advance)
         with stages.stage(f"save {out}"):
             fasticl.save_pretrained(loaded, out, tokenizer=tokenizer)
     if as_json:
@@ -367,15 +378,27 @@ def prune(
         typer.echo(f"{report}\n{report.total:.1%} of the weights of {len(report.layers)} layers are zero in {out}")
 
 
-def _config(method: Method, sparsity: float, pattern: Pattern | None) -> Any:
+def _blocks(model: Any) -> list[Any]:
+    from fasticl.layers import default_filter, find_blocks, find_layers
+
+    return find_blocks(model, find_layers(model, default_filter(model)))
+
+
+def _config(method: Method, sparsity: float, pattern: Pattern | None, allocation: Allocation) -> Any:
     import fasticl
 
+    if allocation != Allocation.uniform and method not in (Method.wanda, Method.sparsegpt):
+        raise typer.BadParameter(
+            f"expected uniform with {method.value}, got {allocation.value}", param_hint="--allocation"
+        )
     if method == Method.neurons:
         if pattern not in (None, Pattern.neuron):
             raise typer.BadParameter(f"expected neuron with neurons, got {pattern.value}", param_hint="--pattern")
         return fasticl.NeuronActivation(sparsity)
-    config = fasticl.Magnitude if method == Method.magnitude else fasticl.Wanda
-    return config(sparsity, (pattern or Pattern.unstructured).value)
+    name = (pattern or Pattern.unstructured).value
+    if method == Method.magnitude:
+        return fasticl.Magnitude(sparsity, name)
+    return (fasticl.Wanda if method == Method.wanda else fasticl.SparseGPT)(sparsity, name, allocation.value)
 
 
 @app.command()
@@ -429,7 +452,9 @@ def generate(
     typer.echo(f"prompt: {len(tokens)} tokens in {read:.2f} s; answer: {len(said)} tokens, {rate}", err=True)
 
 
-evaluate_app = typer.Typer(help="Measure a model's quality: perplexity, or few-shot accuracy.", no_args_is_help=True)
+evaluate_app = typer.Typer(
+    help="Measure a model's quality: perplexity, few-shot accuracy, or both against speed.", no_args_is_help=True
+)
 app.add_typer(evaluate_app, name="eval")
 
 
@@ -484,10 +509,8 @@ def icl(
     from fasticl import evaluate
     from fasticl.stages import Stages
 
-    known = evaluate.task_names()
-    names = task or known
-    if unknown := [name for name in names if name not in known]:
-        raise typer.BadParameter(f"expected one of {', '.join(known)}, got {', '.join(unknown)}", param_hint="--task")
+    names = task or evaluate.task_names()
+    _check_tasks(names)
     _set_threads(threads)
     counts = sorted(set(shots or evaluate.SHOTS))
     results = []
@@ -517,6 +540,85 @@ def icl(
             [(name, str(asked[name]), *(cells[name, k] for k in counts)) for name in asked],
         )
     )
+
+
+@evaluate_app.command()
+def sweep(
+    model: ModelFolder,
+    text: Annotated[Path, typer.Option(help="Text file whose perplexity is taken.")],
+    calibration: Annotated[Path, typer.Option(help="Another, which methods that look at activations see.")],
+    out: Annotated[Path, typer.Option(help="Folder for sweep.csv and sweep.png; a sweep goes on where it stopped.")],
+    method: Annotated[list[Method] | None, typer.Option(help="Several times; default: wanda and sparsegpt.")] = None,
+    pattern: Annotated[list[Pattern] | None, typer.Option(help="Several times; default: unstructured and 2:4.")] = None,
+    sparsity: Annotated[
+        list[float] | None, typer.Option(min=0, max=1, help="Several times; default: 0.4 to 0.8; N:M patterns: 0.5.")
+    ] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Few-shot task to ask, too; several times.")] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Calibration texts, consecutive in the file.")] = 32,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 128,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Of the text; default: all.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Of timing, for each point's prefill and decode.")] = 5.0,
+    threads: Threads = None,
+    dtype: OwnDtype = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Perplexity against measured speed over methods, patterns and sparsities: a CSV, and a plot of the best."""
+    from fasticl.stages import Stages
+    from fasticl.sweep import PATTERNS, Measure, check_packages, grid, pareto, run
+
+    _check_tasks(task or [])
+    patterns = [chosen.value for chosen in pattern or (Pattern.unstructured, Pattern.two_four)]
+    if other := [name for name in patterns if name not in PATTERNS]:
+        raise typer.BadParameter(f"expected of {', '.join(PATTERNS)}, got {other[0]}", param_hint="--pattern")
+    methods = [chosen.value for chosen in method or (Method.wanda, Method.sparsegpt)]
+    points = grid(methods, patterns, sparsity or (0.4, 0.5, 0.6, 0.7, 0.8))
+    _set_threads(threads)
+    with _reported(), Stages(Console(stderr=True)) as stages:
+        check_packages()
+        measure = Measure(
+            text.read_text(encoding="utf-8"),
+            calibration.read_text(encoding="utf-8"),
+            windows,
+            length,
+            max_tokens,
+            tuple(task or ()),
+            seconds=seconds,
+        )
+        with stages.stage(f"load {model}"):
+            loaded, tokenizer = _load_for_eval(model, dtype, device)
+        with stages.stage(f"measure {len(points)} points", total=len(points)) as advance:
+            rows = run(model, loaded, tokenizer, points, measure, out, advance)
+    if as_json:
+        _print_json([asdict(row) for row in rows])
+        return
+    best = {path: set(pareto(rows, f"{path}_speedup")) for path in ("decode", "prefill")}
+    Console().print(
+        _table(
+            f"{model.name}: dense perplexity {rows[0].dense_perplexity:.2f}; speed-ups over dense",
+            ("pruned", "zeros", "perplexity", "decode", "prefill", "best at"),
+            [
+                (
+                    f"{row.method}, {row.pattern}",
+                    f"{row.zeros:.1%}",
+                    f"{row.perplexity:.2f}",
+                    f"{row.decode_speedup:.2f}",
+                    f"{row.prefill_speedup:.2f}",
+                    ", ".join(path for path, front in best.items() if row in front),
+                )
+                for row in rows
+            ],
+        )
+    )
+    typer.echo(f"{out / 'sweep.csv'}, {out / 'sweep.png'}")
+
+
+def _check_tasks(names: list[str]) -> None:
+    from fasticl.evaluate import task_names
+
+    if unknown := [name for name in names if name not in task_names()]:
+        expected = ", ".join(task_names())
+        raise typer.BadParameter(f"expected one of {expected}, got {', '.join(unknown)}", param_hint="--task")
 
 
 def _load_for_eval(model: Path, dtype: Dtype | None, device: str) -> tuple[Any, Any]:

@@ -136,6 +136,26 @@ def _context(model: nn.Module) -> int:
     return limit if isinstance(limit, int) else 1 << 20
 
 
+# --- other people's tasks --------------------------------------------------------------------------------------------
+
+
+def as_lm(model: nn.Module, tokenizer: Any, **options: Any) -> Any:
+    """The model for lm-evaluation-harness: ``lm_eval.simple_evaluate(as_lm(model, tokenizer), tasks=["hellaswag"])``.
+
+    Args:
+        model: a causal language model of transformers, pruned, converted or neither.
+        options: of its ``HFLM``, such as ``batch_size`` and ``max_length``.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise ImportError("as_lm needs lm-evaluation-harness: pip install 'fasticl[eval]'") from error
+    return HFLM(pretrained=model, tokenizer=tokenizer, **options)
+
+
 # --- in-context learning ---------------------------------------------------------------------------------------------
 
 

@@ -77,6 +77,36 @@ def distinct_layers(layers: Iterable[Layer]) -> list[Layer]:
     return list(first.values())
 
 
+def find_blocks(model: nn.Module, layers: Iterable[Layer]) -> list[nn.Module]:
+    """The decoder blocks: the members of the outermost ``nn.ModuleList`` or ``nn.Sequential`` of which several hold
+    ``layers``; of lists side by side, that with the most such members. Empty if there is none.
+    """
+    linears = {layer.module for layer in layers}
+    best: list[nn.Module] = []
+    most, above = 1, None
+    for path, module in model.named_modules():
+        if above is not None and path.startswith(above):
+            continue
+        if isinstance(module, nn.ModuleList | nn.Sequential):
+            count = sum(any(child in linears for child in member.modules()) for member in module)
+            if count > 1:
+                above = join(path, "")
+            if count > most:
+                best, most = list(module), count
+    return best
+
+
+def split_by_block(blocks: Iterable[nn.Module], layers: Iterable[Layer]) -> tuple[list[list[Layer]], list[Layer]]:
+    """The layers of each block; and those in no block, or with a weight that is read from several places."""
+    layers = list(layers)
+    inside = [set(block.modules()) for block in blocks]
+    readers: dict[Hashable, set[int]] = {layer.key: set() for layer in layers}
+    for layer in layers:
+        readers[layer.key] |= {i for i, modules in enumerate(inside) if layer.module in modules} or {-1}
+    own = [[layer for layer in layers if readers[layer.key] == {i}] for i in range(len(inside))]
+    return own, [layer for layer in layers if len(readers[layer.key]) > 1 or -1 in readers[layer.key]]
+
+
 def default_filter(model: nn.Module) -> Filter:
     """Accepts all but output embeddings and the ``out_proj`` of ``nn.MultiheadAttention``, which is never called."""
     output = set()  # parameters that embed tokens or score the vocabulary

@@ -7,26 +7,32 @@ config                score                                                     
 ====================  ==========================================================  =================================
 ``Magnitude``         ``|W_ij|``; neuron: ``||W_up[i]||``; head: its weights' norm  unstructured, N:M, neuron, head
 ``Wanda``             ``|W_ij| * ||X_j||_2`` over the calibration tokens          unstructured per output row, N:M
+``SparseGPT``         ``W_ij^2 / [H^-1]_jj``, H = XᵀX; what stays is moved to     unstructured, N:M
+                      make up for what goes
 ``NeuronActivation``  ``mean|h_i| * ||W_down[:, i]||``                            neuron
 ====================  ==========================================================  =================================
 
 Everywhere: N outputs, K inputs, ``W [N, K]`` (the ``[K, N]`` weight of GPT-2's Conv1D is read transposed). Of n scores
 exactly ``round(sparsity * n)`` go (half to even, as in :mod:`torch.nn.utils.prune`), whatever ties there are: of equal
 scores the earlier ones stay. Zeros score 0, so what was already pruned goes first. Shared weights are pruned once.
-:mod:`fasticl.layers` finds the layers, neurons and heads.
+:mod:`fasticl.layers` finds the layers, neurons and heads, :mod:`fasticl.reconstruct` is SparseGPT's arithmetic.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain, tee
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fasticl.allocation import by_sensitivity
+from fasticl.calibration import input_means, run
 from fasticl.layers import (
     Filter,
     Group,
@@ -34,14 +40,14 @@ from fasticl.layers import (
     default_filter,
     distinct_groups,
     distinct_layers,
+    find_blocks,
     find_heads,
     find_layers,
     find_neurons,
     fold_masks_,
 )
-
-_N_OF_M = {"2:4": (2, 4), "4:8": (4, 8), "8:16": (8, 16)}  # n of every m consecutive inputs stay
-_BLOCK = 1 << 22  # scores held at once: 16 MiB of float32
+from fasticl.reconstruct import BlockCalls, reconstruct, reconstruct_layers_
+from fasticl.scores import N_OF_M, kth_smallest, row_blocks, scored, smallest_of_rows, zero_of_rows
 
 
 @dataclass(frozen=True)
@@ -62,10 +68,10 @@ class Magnitude:
     scope: str = "layer"
 
     def __post_init__(self) -> None:
-        _check_config(self.sparsity, self.pattern, ("unstructured", *_N_OF_M, "neuron", "head"))
+        _check_config(self.sparsity, self.pattern, ("unstructured", *N_OF_M, "neuron", "head"))
         if self.scope not in ("layer", "global"):
             raise ValueError(f"expected scope 'layer' or 'global', got {self.scope!r}")
-        if self.scope == "global" and self.pattern in _N_OF_M:
+        if self.scope == "global" and self.pattern in N_OF_M:
             raise ValueError(f"expected scope 'layer' with pattern {self.pattern!r}, which compares inside each group")
 
 
@@ -80,13 +86,47 @@ class Wanda:
     Args:
         sparsity: fraction of each output row to remove, in [0, 1).
         pattern: ``unstructured``, ``2:4``, ``4:8`` or ``8:16``.
+        allocation: ``uniform``, or ``sensitivity``: decoder blocks that the model misses more keep more, at the same
+            sparsity in all, by the first batch (:func:`fasticl.allocation.by_sensitivity`); for unstructured only.
     """
 
     sparsity: float
     pattern: str = "unstructured"
+    allocation: str = "uniform"
 
     def __post_init__(self) -> None:
-        _check_config(self.sparsity, self.pattern, ("unstructured", *_N_OF_M))
+        _check_config(self.sparsity, self.pattern, ("unstructured", *N_OF_M))
+        _check_allocation(self.allocation, self.pattern)
+
+
+@dataclass(frozen=True)
+class SparseGPT:
+    """The weights go that cost a layer's outputs least, and those that stay are moved to make up for it.
+
+    Frantar and Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", 2023. Each layer's
+    ``||X Wᵀ - X W'ᵀ||²`` over the calibration tokens X is kept small, decoder block after decoder block, with the
+    inputs that the pruned blocks before it give. Blocks are the members of the outermost ``nn.ModuleList`` or
+    ``nn.Sequential`` of which several hold layers, if each is called once with what the one before returned; the layers
+    of other models are pruned together. Takes about three passes of the model and ``N K² + K³`` flops a layer, and as
+    memory the inputs of a block and a float64 ``[K, K]`` for each of its layers. Padding tokens count like others.
+
+    Args:
+        sparsity: fraction of each layer to remove, in [0, 1).
+        pattern: ``unstructured``, ``2:4``, ``4:8`` or ``8:16``.
+        allocation: as of :class:`Wanda`.
+        damping: of the mean of ``XᵀX``'s diagonal, added to it; positive. Fewer tokens than inputs may want more.
+    """
+
+    sparsity: float
+    pattern: str = "unstructured"
+    allocation: str = "uniform"
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        _check_config(self.sparsity, self.pattern, ("unstructured", *N_OF_M))
+        _check_allocation(self.allocation, self.pattern)
+        if not 0 < self.damping < math.inf:
+            raise ValueError(f"expected damping > 0, got {self.damping}")
 
 
 @dataclass(frozen=True)
@@ -158,26 +198,29 @@ class SparsityReport:
 
 def sparsify_(
     model: nn.Module,
-    config: Magnitude | Wanda | NeuronActivation,
+    config: Magnitude | Wanda | SparseGPT | NeuronActivation,
     calibration: Iterable[Any] | None = None,
     *,
     filter_fn: Filter | None = None,
+    advance: Callable[[], None] | None = None,
 ) -> SparsityReport:
     """Set the least important weights of ``model`` to zero, in place.
 
-    Nothing is changed unless every check passes, except that masks are folded first (:func:`fold_masks_`).
+    Nothing is changed unless every check passes, except that masks are folded first (:func:`fold_masks_`), and that
+    SparseGPT, stopped by a layer that it cannot reconstruct, leaves the blocks before it pruned.
 
     Args:
         model: any module. Layers are its ``nn.Linear`` and transformers ``Conv1D`` modules; neurons those of
             :func:`fasticl.layers.find_mlps`; heads those of attention modules with ``q_proj, k_proj, v_proj`` and
             ``o_proj`` or ``out_proj`` (Llama, OPT), ``c_attn`` and ``c_proj`` (GPT-2), ``query_key_value`` and
             ``dense`` (GPT-NeoX).
-        config: :class:`Magnitude`, :class:`Wanda` or :class:`NeuronActivation`.
+        config: :class:`Magnitude`, :class:`Wanda`, :class:`SparseGPT` or :class:`NeuronActivation`.
         calibration: batches of model inputs, each a tensor (``model(x)``), a tuple or list (``model(*x)``) or a mapping
-            (``model(**x)``), already on the model's device. Needed by Wanda and NeuronActivation, unused by Magnitude.
+            (``model(**x)``), already on the model's device. Unused by Magnitude, needed by all others.
         filter_fn: ``(module, name) -> bool``, which layers may be pruned; a neuron or head goes only where it accepts
             all of the MLP's or attention's layers. Default: all but output embeddings (``lm_head``, and whatever shares
             the weight of an ``nn.Embedding``) and the ``out_proj`` of ``nn.MultiheadAttention``, which is never called.
+        advance: called after each decoder block that SparseGPT has pruned.
 
     Returns:
         The zeros before and after, one row a pruned weight.
@@ -188,12 +231,15 @@ def sparsify_(
     Raises:
         TypeError: for a model, config, batch or weight dtype that is not one of the above.
         ValueError: if no layer fits, a weight or a layer input is not finite, K is not a multiple of m, calibration is
-            missing or does not reach a layer, or an attention's heads cannot be determined.
+            missing or does not reach a layer, SparseGPT's damping is too small for its tokens, there are no blocks to
+            allocate sparsity to, or an attention's heads cannot be determined.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(config, Magnitude | Wanda | NeuronActivation):
-        raise TypeError(f"expected config to be Magnitude, Wanda or NeuronActivation, got {type(config).__name__}")
+    if not isinstance(config, Magnitude | Wanda | SparseGPT | NeuronActivation):
+        raise TypeError(
+            f"expected config to be Magnitude, Wanda, SparseGPT or NeuronActivation, got {type(config).__name__}"
+        )
     if not isinstance(config, Magnitude):
         _check_calibration(config, calibration)
     fold_masks_(model)
@@ -201,7 +247,7 @@ def sparsify_(
     with torch.no_grad():
         if isinstance(config, NeuronActivation) or config.pattern in ("neuron", "head"):
             return _sparsify_structured(model, config, calibration, accept)
-        return _sparsify_weights(model, config, calibration, accept)
+        return _sparsify_weights(model, config, calibration, accept, advance or (lambda: None))
 
 
 def detect_pattern(weight: Tensor) -> str:
@@ -219,7 +265,7 @@ def detect_pattern(weight: Tensor) -> str:
         return "dense"
     if count == rows * cols:  # all that is not in a row or column of zeros is kept
         return "neuron " + "+".join(["rows"] * (rows < len(weight)) + ["cols"] * (cols < weight.shape[1]))
-    for pattern, (n, m) in _N_OF_M.items():
+    for pattern, (n, m) in N_OF_M.items():
         if weight.shape[1] % m == 0:
             groups = kept.unflatten(1, (-1, m)).sum(-1, dtype=torch.uint8)
             if int(groups.max()) <= n and 2 * int((groups == n).sum()) >= groups.numel():
@@ -234,13 +280,20 @@ def _check_config(sparsity: float, pattern: str, patterns: tuple[str, ...]) -> N
         raise ValueError(f"expected sparsity in [0, 1), got {sparsity}")
     if pattern not in patterns:
         raise ValueError(f"expected pattern to be one of {', '.join(patterns)}, got {pattern!r}")
-    if pattern in _N_OF_M:
-        n, m = _N_OF_M[pattern]
+    if pattern in N_OF_M:
+        n, m = N_OF_M[pattern]
         if sparsity != 1 - n / m:
             raise ValueError(f"expected sparsity {1 - n / m} with pattern {pattern}, got {sparsity}")
 
 
-def _check_calibration(config: Wanda | NeuronActivation, calibration: Iterable[Any] | None) -> None:
+def _check_allocation(allocation: str, pattern: str) -> None:
+    if allocation not in ("uniform", "sensitivity"):
+        raise ValueError(f"expected allocation 'uniform' or 'sensitivity', got {allocation!r}")
+    if allocation != "uniform" and pattern in N_OF_M:
+        raise ValueError(f"expected allocation 'uniform' with pattern {pattern!r}, which fixes it, got {allocation!r}")
+
+
+def _check_calibration(config: Wanda | SparseGPT | NeuronActivation, calibration: Iterable[Any] | None) -> None:
     name = type(config).__name__
     if calibration is None:
         raise ValueError(f"expected calibration batches for {name}, got None")
@@ -252,13 +305,8 @@ def _check_layers(layers: Iterable[Layer], m: int = 1) -> None:
     for layer in layers:
         if layer.weight.shape[1] % m:
             raise ValueError(f"{layer.name}: expected K to be a multiple of {m}, got K = {layer.weight.shape[1]}")
-        if not all(bool(block.isfinite().all()) for block in _blocks(layer.weight)):
+        if not all(bool(block.isfinite().all()) for block in row_blocks(layer.weight)):
             raise ValueError(f"{layer.name}: expected finite weights, got NaN or inf")
-
-
-def _blocks(weight: Tensor) -> tuple[Tensor, ...]:
-    """Views of ``weight [N, K]``: blocks of rows ``[R, K]``."""
-    return weight.split(max(1, _BLOCK // max(weight.shape[1], 1)))
 
 
 def _zeros(layers: Iterable[Layer]) -> list[int]:
@@ -275,26 +323,24 @@ def _report(layers: list[Layer], zeros_before: list[int], pattern: str, score: s
 
 
 def _sparsify_weights(
-    model: nn.Module, config: Magnitude | Wanda, calibration: Iterable[Any] | None, accept: Filter
+    model: nn.Module,
+    config: Magnitude | Wanda | SparseGPT,
+    calibration: Iterable[Any] | None,
+    accept: Filter,
+    advance: Callable[[], None],
 ) -> SparsityReport:
     found = find_layers(model, accept)
     if not found:
         raise ValueError("expected at least one nn.Linear or Conv1D that filter_fn accepts, got none")
     layers = distinct_layers(found)
-    n, m = _N_OF_M.get(config.pattern, (1, 1))
-    _check_layers(layers, m)
+    n_of_m = N_OF_M.get(config.pattern)
+    _check_layers(layers, n_of_m[1] if n_of_m else 1)
     zeros_before = _zeros(layers)
-    norms: dict[Hashable, Tensor] = {}
-    if isinstance(config, Wanda):
-        squares = _input_means(model, found, calibration, torch.square)
-        norms = {key: mean.sqrt() for key, mean in squares.items()}  # over sqrt(tokens), which no comparison sees
-    if isinstance(config, Wanda) or config.pattern in _N_OF_M:
+    if not isinstance(config, Magnitude):
+        _zero_by_inputs(model, config, found, calibration, advance)
+    elif n_of_m is not None:
         for layer in layers:
-            for block, scores in _scored(layer.weight, norms.get(layer.key)):
-                if config.pattern in _N_OF_M:
-                    block.masked_fill_(_all_but_n_of_m(scores, n, m), 0)
-                else:
-                    block.masked_fill_(_smallest_of_rows(scores, round(config.sparsity * scores.shape[1])), 0)
+            zero_of_rows(layer.weight, n_of_m)
     elif config.scope == "global":
         _zero_smallest([layer.weight for layer in layers], config.sparsity)
     else:
@@ -303,14 +349,45 @@ def _sparsify_weights(
     return _report(layers, zeros_before, config.pattern, type(config).__name__)
 
 
-def _scored(
-    weight: Tensor, norm: Tensor | None = None, dtype: torch.dtype = torch.float32
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Blocks of rows ``[R, K]`` and their scores ``|W| * norm``, contiguous, in ``dtype`` or wider."""
-    dtype = torch.promote_types(weight.dtype, dtype)
-    for block in _blocks(weight):
-        scores = block.abs().to(dtype).contiguous()
-        yield block, scores if norm is None else scores.mul_(norm.to(scores))
+def _zero_by_inputs(
+    model: nn.Module,
+    config: Wanda | SparseGPT,
+    layers: list[Layer],
+    calibration: Iterable[Any] | None,
+    advance: Callable[[], None],
+) -> None:
+    """One pass of the dense model; after it Wanda zeroes all layers, and SparseGPT block after block."""
+    blocks = find_blocks(model, layers)
+    calls = BlockCalls(blocks if isinstance(config, SparseGPT) else [])
+    batches, kept = tee(calibration or ())
+    if isinstance(config, Wanda) and config.allocation == "uniform":
+        kept = iter(())  # holds no batch
+    with calls.recorded():
+        squares = _means_of(model, layers, batches, torch.square)
+    norms = {key: mean.sqrt() for key, mean in squares.items()}  # over sqrt(tokens), which no comparison sees
+    sparsities = dict.fromkeys(norms, config.sparsity)
+    if config.allocation == "sensitivity":
+        first = next(kept)
+        kept = chain([first], kept)
+        sparsities = by_sensitivity(model, blocks, layers, norms, config.sparsity, first)
+    n_of_m = N_OF_M.get(config.pattern)
+    if isinstance(config, SparseGPT):
+        damping = config.damping
+
+        def prune(layer: Layer, gram: Tensor) -> Tensor:
+            return reconstruct(layer.weight, gram, sparsities[layer.key], n_of_m, damping)
+
+        reconstruct_layers_(model, layers, calls, kept, prune, advance)
+        return
+    for layer in distinct_layers(layers):
+        zero_of_rows(layer.weight, n_of_m or sparsities[layer.key], norms[layer.key])
+
+
+def _means_of(
+    model: nn.Module, layers: list[Layer], batches: Iterable[Any], function: Callable[[Tensor], Tensor]
+) -> dict[Hashable, Tensor]:
+    """``mean over tokens of function(x) [K]`` in float64 for the input ``x [..., K]`` of each layer, in one pass."""
+    return input_means(model, layers, partial(run, model, batches), lambda x: function(x).sum(0, dtype=torch.float64))
 
 
 def _zero_smallest(weights: list[Tensor], sparsity: float) -> None:
@@ -321,9 +398,9 @@ def _zero_smallest(weights: list[Tensor], sparsity: float) -> None:
     dtype = torch.float32
     for weight in weights:
         dtype = torch.promote_types(dtype, weight.dtype)
-    largest, stay = _kth_smallest(lambda: (s for w in weights for _, s in _scored(w, dtype=dtype)), count, dtype)
+    largest, stay = kth_smallest(lambda: (s for w in weights for _, s in scored(w, dtype=dtype)), count, dtype)
     for weight in weights:
-        for block, scores in _scored(weight, dtype=dtype):
+        for block, scores in scored(weight, dtype=dtype):
             mask = scores <= largest
             if stay:
                 tied = (scores == largest).flatten().nonzero().squeeze(1)[:stay]
@@ -332,123 +409,11 @@ def _zero_smallest(weights: list[Tensor], sparsity: float) -> None:
             block.masked_fill_(mask, 0)
 
 
-def _kth_smallest(blocks: Callable[[], Iterable[Tensor]], k: int, dtype: torch.dtype) -> tuple[Tensor, int]:
-    """The k-th smallest of the scores (k >= 1), and how many equal to it are not among the k smallest.
-
-    The bits of floats >= 0 order as the floats do, so histograms of 16 bits, from the highest down, find it: two passes
-    over float32, four over float64, in memory that does not grow with the number of scores, as ``kthvalue``'s does.
-    """
-    bits = torch.int64 if dtype == torch.float64 else torch.int32
-    top = torch.finfo(dtype).bits - 16
-    prefix, rank, count = 0, k, 0  # the leading bits so far, and the rank among the scores that begin with them
-    for shift in range(top, -1, -16):
-        histogram = torch.zeros(1 << 16, dtype=torch.int64)
-        for scores in blocks():
-            keys = scores.flatten().view(bits) >> shift
-            if shift < top:
-                keys = keys[keys >> 16 == prefix] & 0xFFFF
-            histogram += torch.bincount(keys, minlength=1 << 16).cpu()
-        upto = histogram.cumsum(0)
-        bucket = int(torch.searchsorted(upto, rank))
-        count = int(histogram[bucket])
-        rank -= int(upto[bucket]) - count
-        prefix = prefix << 16 | bucket
-    return torch.tensor(prefix, dtype=bits).view(dtype), count - rank
-
-
-def _smallest_of_rows(scores: Tensor, k: int) -> Tensor:
-    """True at the k smallest of each row of ``scores [R, K]``."""
-    if k == 0 or scores.numel() == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    largest = scores.kthvalue(k, dim=1, keepdim=True).values  # [R, 1]
-    mask = scores <= largest
-    stay = mask.sum(1) - k  # [R]: how many too many, all tied
-    rows = stay.nonzero().squeeze(1)
-    if len(rows):
-        tied = scores[rows] == largest[rows]
-        mask[rows] &= ~(tied & (tied.cumsum(1) <= stay[rows, None]))
-    return mask
-
-
-def _all_but_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
-    """False at the n largest of every m consecutive entries of ``scores [R, K]``."""
-    lanes = (
-        scores.view(-1, m).t().contiguous()
-    )  # [m, R * K / m]: comparing whole lanes is faster than sorting m at a time
-    better = torch.zeros_like(lanes, dtype=torch.uint8)  # how many of its group are better
-    for i in range(m):
-        for j in range(i + 1, m):
-            first_wins = lanes[i] >= lanes[j]
-            better[j] += first_wins
-            better[i] += ~first_wins
-    return (better >= n).t().reshape(scores.shape)
-
-
-def _input_means(
-    model: nn.Module, layers: list[Layer], calibration: Iterable[Any] | None, function: Callable[[Tensor], Tensor]
-) -> dict[Hashable, Tensor]:
-    """``mean over tokens of function(x) [K]`` in float64 for the input ``x [..., K]`` of each layer, in one pass.
-
-    Keyed by ``Layer.key``: layers that share a weight share the mean over all that it multiplies.
-    """
-    sums: dict[Hashable, tuple[Tensor | float, int]] = {}
-
-    def observe(key: Hashable) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            x = x.reshape(-1, x.shape[-1])
-            total, tokens = sums.get(key, (0.0, 0))
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            sums[key] = total + function(wide).sum(0, dtype=torch.float64), tokens + len(x)
-
-        return hook
-
-    with _hooked(model, [(layer.module, observe(layer.key)) for layer in layers]):
-        for batch in calibration or ():
-            if isinstance(batch, Tensor):
-                model(batch)
-            elif isinstance(batch, Mapping):
-                model(**batch)
-            elif isinstance(batch, tuple | list):
-                model(*batch)
-            else:
-                raise TypeError(
-                    f"expected each batch to be a tensor, tuple, list or mapping, got {type(batch).__name__}"
-                )
-
-    means = {}
-    for layer in layers:
-        total, tokens = sums.get(layer.key, (0.0, 0))
-        if not isinstance(total, Tensor) or tokens == 0:
-            raise ValueError(
-                f"{layer.name}: expected calibration that reaches this layer, got no token; exclude it by filter_fn"
-            )
-        if not bool(total.isfinite().all()):
-            raise ValueError(f"{layer.name}: expected finite layer inputs on the calibration, got NaN or inf")
-        means[layer.key] = total / tokens
-    return means
-
-
-@contextmanager
-def _hooked(model: nn.Module, hooks: list[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
-    """Evaluation mode with forward pre-hooks, and everything as it was afterwards."""
-    training = {module: module.training for module in model.modules()}
-    fastpath = torch.backends.mha.get_fastpath_enabled()  # would pass nn.TransformerEncoder's linears by
-    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        model.eval()
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in training.items():
-            module.training = mode
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-
-
 def _sparsify_structured(
-    model: nn.Module, config: Magnitude | Wanda | NeuronActivation, calibration: Iterable[Any] | None, accept: Filter
+    model: nn.Module,
+    config: Magnitude | Wanda | SparseGPT | NeuronActivation,
+    calibration: Iterable[Any] | None,
+    accept: Filter,
 ) -> SparsityReport:
     heads = isinstance(config, Magnitude) and config.pattern == "head"
     found = find_heads(model, accept) if heads else find_neurons(model, accept)
@@ -477,9 +442,9 @@ def _sparsify_structured(
     scores = [score.double().cpu() for score in scores]
     if isinstance(config, Magnitude) and config.scope == "global":
         pool = torch.cat(scores)
-        masks = _smallest_of_rows(pool[None], round(config.sparsity * len(pool)))[0].split([len(s) for s in scores])
+        masks = smallest_of_rows(pool[None], round(config.sparsity * len(pool)))[0].split([len(s) for s in scores])
     else:
-        masks = tuple(_smallest_of_rows(s[None], round(config.sparsity * len(s)))[0] for s in scores)
+        masks = tuple(smallest_of_rows(s[None], round(config.sparsity * len(s)))[0] for s in scores)
     for group, mask in zip(groups, masks, strict=True):
         group.zero_(mask)
     return _report(layers, zeros_before, "head" if heads else "neuron", type(config).__name__)
@@ -493,7 +458,7 @@ def activation_scores(model: nn.Module, mlps: list[Group], calibration: Iterable
         mlps: of :func:`fasticl.layers.find_neurons`; where several share weights, means are over what all of them see.
         calibration: batches, as for :func:`sparsify_`.
     """
-    means = _input_means(model, [group.layers[1] for group in mlps], calibration, torch.abs)
+    means = _means_of(model, [group.layers[1] for group in mlps], calibration or (), torch.abs)
     downs = [group.layers[1] for group in distinct_groups(mlps)]
     return [means[down.key] * _norms(down.weight.t()) for down in downs]
 

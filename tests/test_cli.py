@@ -131,6 +131,8 @@ def test_cases_cover_the_sparse_ops() -> None:
             "--calibration",
             __file__,
         ),
+        ("prune", "in", "out", "--method", "sparsegpt", "--sparsity", "0.5"),
+        ("prune", "in", "out", "--method", "magnitude", "--sparsity", "0.5", "--allocation", "sensitivity"),
         ("eval", "ppl", "in"),
         ("eval", "icl", "in", "--task", "chess"),
         ("eval", "icl", "in", "--shots", "-1"),
@@ -248,6 +250,16 @@ def test_convert_prints_what_it_did(folder: Path, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "packed" / "config.json").read_text())
     assert config["quantization_config"]["sparsity_config"]["format"] == "sparse-24-bitmask"
     assert (tmp_path / "packed" / "tokenizer_config.json").is_file()
+
+
+def test_prune_with_sparsegpt(folder: Path, text: Path, tmp_path: Path) -> None:
+    result = invoke("prune", str(folder), str(tmp_path / "out"), "--method", "sparsegpt", "--sparsity", "0.6",
+                    "--allocation", "sensitivity", "--calibration", str(text), "--windows", "4", "--length", "32",
+                    "--json")  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["sparsity"] == pytest.approx(0.6, abs=1e-4)
+    assert {layer["score"] for layer in found["layers"]} == {"SparseGPT"}
 
 
 def test_prune_neurons(folder: Path, text: Path, tmp_path: Path) -> None:

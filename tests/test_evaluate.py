@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import fasticl
 from fasticl import evaluate
 from fasticl.evaluate import Task, few_shot_accuracy, load_task, perplexity, score_continuations, task_names
 
@@ -144,6 +147,51 @@ def test_calibration_windows(loaded: tuple[Any, Any], bos: bool) -> None:
     assert torch.equal(torch.cat([batch["input_ids"] for batch in batches]), torch.arange(18).view(9, 2))
     with pytest.raises(ValueError, match=r"text: expected 99 windows of 20 tokens, got \d+ tokens"):
         evaluate.windows(tokenizer, TEXT, 99, 20)
+
+
+# --- other people's tasks --------------------------------------------------------------------------------------------
+
+
+def test_the_harness_hears_what_the_model_says(loaded: tuple[Any, Any]) -> None:
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+
+    model, tokenizer = loaded
+    packed = copy.deepcopy(model).float()
+    fasticl.sparsify_(packed, fasticl.Magnitude(0.5))
+    packed = fasticl.convert(packed, min_speedup=0).model
+    for some, tolerance in ((model, 1e-9), (packed, 1e-3)):
+        lm = evaluate.as_lm(some, tokenizer, batch_size=2, max_length=64)
+
+        def ask(kind: str, *arguments: Any, lm: Any = lm) -> Any:
+            (answer,) = getattr(lm, kind)([Instance(kind, {}, arguments, 0)])
+            return answer
+
+        context, continuation = "The cat", " sat down"
+        tokens = tokenizer(context + continuation)["input_ids"]
+        asked = range(len(tokenizer(context)["input_ids"]), len(tokens))
+        wanted = sum(log_probability(some, tokens[: i + 1]) for i in asked)
+        score, greedy = ask("loglikelihood", context, continuation)
+        assert score == pytest.approx(wanted, abs=tolerance * abs(wanted))
+        assert not greedy
+
+        tokens = [tokenizer.eos_token_id, *tokenizer(TEXT[:40])["input_ids"]]
+        wanted = sum(log_probability(some, tokens[: i + 1]) for i in range(1, len(tokens)))
+        assert ask("loglikelihood_rolling", TEXT[:40]) == pytest.approx(wanted, abs=tolerance * abs(wanted))
+
+        tokens = tokenizer(context)["input_ids"]
+        for _ in range(5):
+            with torch.inference_mode():
+                tokens.append(int(some(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
+        said = tokenizer.decode(tokens[-5:])
+        assert ask("generate_until", context, {"until": ["never said"], "max_gen_toks": 5}) == said
+
+
+def test_the_harness_may_be_absent(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
+    with pytest.raises(ImportError, match=r"pip install 'fasticl\[eval\]'"):
+        evaluate.as_lm(*loaded)
 
 
 # --- in-context learning ---------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import fasticl
 ROOT = Path(__file__).parents[1]
 OPS = sorted(fasticl.implementations())
 # Packages that the package uses where they are, and must do without where they are not.
-OPTIONAL = ["accelerate", "gguf", "matplotlib", "nvtx", "onnxruntime", "transformers", "triton"]
+OPTIONAL = ["accelerate", "gguf", "lm_eval", "matplotlib", "nvtx", "onnxruntime", "transformers", "triton"]
 # Imported by nobody who only multiplies: each costs 0.1 to 5 s.
 HEAVY = [*OPTIONAL, "rich", "typer", "torch._dynamo", "torch._inductor"]
 

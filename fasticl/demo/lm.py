@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +19,7 @@ from fasticl.demo import DemoError
 from fasticl.demo.tasks import RELATIONS, SHOTS, few_shot_prefix, questions
 from fasticl.demo.texts import calibration_text, evaluation_text
 from fasticl.evaluate import calibration_batches, score_continuations, token_losses, windows
-from fasticl.timing import interleaved
+from fasticl.speed import language_model_timings, megabytes
 
 if TYPE_CHECKING:
     from fasticl.demo import Settings
@@ -102,7 +101,7 @@ def run(settings: Settings, stages: Stages, failures: list[str]) -> dict[str, An
     with stages.stage("perplexity and few-shot accuracy", total=len(models)) as advance:
         for variant, model in models.items():
             variants[variant] = {
-                "megabytes": _megabytes(model),
+                "megabytes": megabytes(model),
                 "perplexity": perplexity(model, evaluation),
                 "few_shot": few_shot(model, tokenizer, list(RELATIONS)[: sizes.relations]),
             }
@@ -169,12 +168,6 @@ def load(settings: Settings) -> tuple[nn.Module, Any, str]:
         raise DemoError(f"{folder} does not load as a causal language model: it has no tokenizer")
     name = folder.resolve().name if settings.model else "SmolLM2-135M-Instruct"
     return model, tokenizer, name
-
-
-def _megabytes(model: nn.Module) -> float:
-    """Size of the parameters and buffers, those that share memory counted once."""
-    tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) / 1e6
 
 
 def token_windows(tokenizer: Any, text: str, count: int, length: int) -> Tensor:
@@ -275,37 +268,19 @@ def _check_agreement(
     return rows
 
 
-@torch.inference_mode()
 def _speed(
     models: dict[str, nn.Module], evaluation: Tensor, sizes: _Sizes, settings: Settings
 ) -> dict[str, dict[str, Any]]:
     """Tokens per second of a prompt read at once and of greedy decoding after it, batch 1; the models take turns."""
     prompt = evaluation.flatten()[None, : sizes.prefill]
-
-    def decode(model: nn.Module) -> Callable[[], object]:
-        output = model(input_ids=prompt[:, :-1], use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
-
-        def steps() -> None:
-            token = prompt[:, -1:]
-            for _ in range(sizes.decode):
-                token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-            cache.crop(-sizes.decode)
-
-        return steps
-
-    prefill = {
-        name: lambda model=model: model(input_ids=prompt, use_cache=False, logits_to_keep=1)
-        for name, model in models.items()
-    }
+    timings = language_model_timings(
+        models, prompt, sizes.decode, seconds=sizes.seconds, synchronize=settings.synchronize
+    )
     speeds: dict[str, dict[str, Any]] = {name: {} for name in models}
-    for path, tokens, contenders in (
-        ("prefill", prompt.shape[1], prefill),
-        ("decode", sizes.decode, {name: decode(model) for name, model in models.items()}),
-    ):
-        timings = interleaved(contenders, seconds=sizes.seconds, synchronize=settings.synchronize)
-        for name, timing in timings.items():
+    for path, tokens in (("prefill", prompt.shape[1]), ("decode", sizes.decode)):
+        for name in models:
+            timing = timings[name][path]
             speeds[name][f"{path}_tokens_per_s"] = tokens * 1e3 / timing.ms_p50
             speeds[name][f"{path}_ms"] = {"p20": timing.ms_p20, "p50": timing.ms_p50, "p80": timing.ms_p80}
-            speeds[name][f"{path}_speedup"] = timings["dense"].ms_p50 / timing.ms_p50
+            speeds[name][f"{path}_speedup"] = timings["dense"][path].ms_p50 / timing.ms_p50
     return speeds
