@@ -150,14 +150,7 @@ void run_attention_mlp(const AttentionParams& p) {
 }  // namespace
 
 void attention_mlp(const AttentionParams& p) {
-  switch (p.dtype) {
-    case DType::f32:
-      return run_attention_mlp<float>(p);
-    case DType::bf16:
-      return run_attention_mlp<bf16>(p);
-    case DType::f16:
-      return run_attention_mlp<f16>(p);
-  }
+  with_float(p.dtype, [&](auto like) { run_attention_mlp<decltype(like)>(p); });
 }
 
 #else

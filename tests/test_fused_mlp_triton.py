@@ -84,7 +84,7 @@ def test_shapes(one_pass: bool, K: int, H: int, N: int) -> None:
     assert_as_unfused(torch.randn(2, K), MIXES["all_dense"], H, N, "relu", gated=False)
 
 
-@pytest.mark.parametrize("mix", [mix for mix in MIXES if mix != "all_dense"])
+@pytest.mark.parametrize("mix", [mix for mix in MIXES if mix != "all_dense" and "int8" not in mix])
 def test_packed_weights(mix: str) -> None:
     for M, gated in ((1, True), (20, False)):
         assert_as_unfused(torch.randn(M, 40).bfloat16(), MIXES[mix], 60, 24, "silu", gated=gated)

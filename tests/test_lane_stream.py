@@ -133,7 +133,7 @@ def test_splits_follow_the_gpu() -> None:
 
 def test_errors_name_expected_and_got() -> None:
     weight = torch.ones(16, 64)
-    with pytest.raises(TypeError, match=r"expected a weight of dtype bfloat16 or float16, got torch\.float32"):
+    with pytest.raises(TypeError, match=r"expected values of dtype bfloat16 or float16, got torch\.float32"):
         to_lanes(fasticl.pack(weight, "bitmap"))
     with pytest.raises(ValueError, match="expected format bitmap, sliced or nm, got compact"):
         to_lanes(fasticl.pack(weight.half(), "compact"))
