@@ -1,4 +1,4 @@
-// One token through a decoder-only language model: what csrc/decoder_cpu.cpp reads. Target-free.
+// One token through a decoder-only language model: what csrc/decoder.cpp reads. Target-free.
 #pragma once
 #include "cpu.h"
 #include "linear.h"

@@ -2,7 +2,7 @@
 
 transformers runs a token through some hundred Python modules, which at one token take longer than the arithmetic of a
 pruned model. :class:`Decoder` reads the prompt with the model itself, takes over its keys and values, and then decodes
-on the weights of the same model, packed or dense, which it shares (csrc/decoder_cpu.cpp).
+on the weights of the same model, packed or dense, which it shares (csrc/decoder.cpp).
 """
 
 from __future__ import annotations

@@ -260,7 +260,7 @@ void decoder(const DecoderParams& p) {
 #include <vector>
 
 #include "python.h"
-#define FASTICL_THIS_FILE "decoder_cpu.cpp"
+#define FASTICL_THIS_FILE "decoder.cpp"
 #include "foreach_target.h"
 
 namespace fasticl {
