@@ -3,7 +3,7 @@
 // where its input still is in L1. Activations stay float32 from the embedding to the logits.
 //
 // A phase cuts the rows of its weights into a share a thread; a barrier parts it from the next, which reads all of
-// them. Norms are computed by every thread for itself: that is faster than to wait for one that does it.
+// them. Norms are computed by every thread for itself, which spares a barrier.
 #ifdef FASTICL_TARGET
 
 #include "activation.h"

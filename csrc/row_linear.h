@@ -157,7 +157,7 @@ struct RowSums {
 template <bool kDense, int B>
 void few_tokens_fixed(const RowWeight& w, int64_t n0, int64_t n1, const float* x, int64_t x_stride, float* out,
                       int64_t out_stride, uint8_t* spare) {
-  constexpr int U = B <= 2 ? 2 : 1;  // chains: a product of bytes takes five cycles
+  constexpr int U = B <= 2 ? 2 : 1;  // chains, to hide the latency of a product
   const int64_t whole = w.K / kWord, left = w.K % kWord, padded = round_up(w.K, kWord);
   const uint8_t* planes = reinterpret_cast<const uint8_t*>(x);
   const int64_t stride = x_stride * static_cast<int64_t>(sizeof(float));

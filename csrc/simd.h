@@ -140,8 +140,8 @@ FASTICL_INLINE void order64(Vec (&v)[4]) {
   }
 }
 
-// Products of bytes, in which int8 values are multiplied four times as fast as after conversion to float32. For them x
-// is in fixed point: 24 bits q = round(x / step) + 2^23, step = max |x| / (2^23 - 4), in three planes of bytes.
+// Products of bytes: int8 values are multiplied without conversion to float32. For them x is in fixed point: 24 bits q
+// = round(x / step) + 2^23, step = max |x| / (2^23 - 4), in three planes of bytes.
 using Ints = __m512i;
 FASTICL_INLINE Ints no_ints() { return _mm512_setzero_si512(); }
 FASTICL_INLINE Ints load_bytes(const void* p) { return _mm512_loadu_si512(p); }

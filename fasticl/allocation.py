@@ -13,9 +13,8 @@ from fasticl.calibration import call, hooked
 from fasticl.layers import Layer, distinct_layers, split_by_block
 from fasticl.scores import zero_of_rows
 
-SPREAD = (
-    0.16  # between the sparsest and the densest block, as in Yin et al., "Outlier Weighed Layerwise Sparsity", 2024
-)
+# Between the sparsest and the densest block, as in Yin et al., "Outlier Weighed Layerwise Sparsity", 2024.
+SPREAD = 0.16
 _POSITIONS = 512  # whose distributions are compared
 
 

@@ -61,6 +61,22 @@ def test_takes_the_portable_form_of_other_formats(isa: str, format: str) -> None
         torch.testing.assert_close(fasticl.ops.bitmap_linear(x, other), fasticl.ops.bitmap_linear(x, bitmap))
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_int8_values_do_not_hide_an_invalid_x(bad: float, isa: str) -> None:
+    """Its token is not finite in any row; the others are what they are without it, and zeros stay zeros."""
+    weight = torch.randn(20, 100) * (torch.rand(20, 100) < 0.5)
+    weight[:, 7] = 1.0
+    packed = fasticl.pack(weight, "bitmap", values="int8")
+    x = torch.randn(3, 100)
+    x[2] = 0
+    expected = fasticl.ops.bitmap_linear(x, packed)
+    x[0, 7] = bad
+    found = fasticl.ops.bitmap_linear(x, packed)
+    assert not found[0].isfinite().any()
+    assert torch.equal(found[1:], expected[1:])
+    assert torch.equal(found[2], torch.zeros(20))
+
+
 def test_infinite_x_where_nothing_is_stored(isa: str) -> None:
     """With many tokens it is skipped; with few it is multiplied by zero, as by the dense layer."""
     weight = torch.randn(30, 64)
