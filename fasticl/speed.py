@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from fasticl.decoder import Decoder
 from fasticl.timing import Timing, interleaved
 
 
@@ -18,6 +19,7 @@ def language_model_timings(
     *,
     seconds: float,
     synchronize: Callable[[], object] | None = None,
+    decoders: Mapping[str, Decoder] | None = None,
 ) -> dict[str, dict[str, Timing]]:
     """Of each model ``"prefill"``, ``prompt`` read at once, and ``"decode"``, greedy, after all of it but a token.
 
@@ -27,12 +29,24 @@ def language_model_timings(
         decode: tokens, one by one, of one call.
         seconds: for each of the two, all models together.
         synchronize: as of :func:`fasticl.timing.interleaved`.
+        decoders: of some of the models, by name; these decode by them, the others by transformers.
     """
 
     def read(model: nn.Module) -> Callable[[], object]:
         return lambda: model(input_ids=prompt, use_cache=False, logits_to_keep=1)
 
     def answer(model: nn.Module) -> Callable[[], object]:
+        if (decoder := of_model.get(model)) is not None:
+            decoder.prefill(prompt[:, :-1])
+            start = decoder.position
+
+            def own_steps() -> None:
+                token = int(prompt[0, -1])
+                for _ in range(decode):
+                    token = int(decoder.step(token).argmax())
+                decoder.position = start
+
+            return own_steps
         output = model(input_ids=prompt[:, :-1], use_cache=True, logits_to_keep=1)
         cache = output.past_key_values
 
@@ -44,6 +58,7 @@ def language_model_timings(
 
         return steps
 
+    of_model = {models[name]: decoder for name, decoder in (decoders or {}).items()}
     timings: dict[str, dict[str, Timing]] = {name: {} for name in models}
     for path, contender in (("prefill", read), ("decode", answer)):
         contenders = {name: contender(model) for name, model in models.items()}

@@ -74,12 +74,13 @@ def test_one_layer_numbers(ran: tuple[dict[str, Any], Path]) -> None:
 def test_language_model_numbers(ran: tuple[dict[str, Any], Path]) -> None:
     found = ran[0]["lm"]
     assert found["pruning"]["sparsity"] == pytest.approx(0.5, abs=0.01)
-    assert set(found["variants"]) == {"dense", "masked", "fasticl"}
-    dense, masked, ours = (found["variants"][name] for name in ("dense", "masked", "fasticl"))
-    assert ours["perplexity"] == pytest.approx(masked["perplexity"], rel=1e-4)
+    assert list(found["variants"]) == ["dense", "masked", "fasticl", "decoder"]
+    dense, masked, ours, decoder = found["variants"].values()
+    for variant in (ours, decoder):
+        assert variant["perplexity"] == pytest.approx(masked["perplexity"], rel=1e-4)
     assert masked["perplexity"] != pytest.approx(dense["perplexity"], rel=1e-4)
     assert ours["few_shot"] == masked["few_shot"]
-    for variant in (dense, masked, ours):
+    for variant in (dense, masked, ours, decoder):
         for path in ("prefill", "decode"):
             milliseconds = variant[f"{path}_ms"]
             tokens = found["sizes"][f"{path}_tokens"]
@@ -90,8 +91,11 @@ def test_language_model_numbers(ran: tuple[dict[str, Any], Path]) -> None:
         ("as converted", "decode"),
         ("all packed", "prefill"),
         ("all packed", "decode"),
+        ("decoder", "decode"),
     ]
-    assert found["agreement"][2]["max_relative_error"] > 0  # other kernels than the masked model's
+    for row in (2, 4):
+        assert found["agreement"][row]["max_relative_error"] > 0  # other kernels than the masked model's
+    assert found["no_decoder"] is None
     assert masked["megabytes"] == dense["megabytes"] == pytest.approx(4e-6 * found["parameters"], rel=1e-3)
     assert all(row["passed"] and row["tolerance"] < 1e-3 for row in found["agreement"])
     assert len(found["conversion"]["layers"]) == 15  # 7 linears in each of 2 layers, and lm_head
@@ -110,6 +114,22 @@ def test_report_stands_alone(ran: tuple[dict[str, Any], Path]) -> None:
         assert answer["question"] in page
     for name in ("icl-training", "icl-error", "icl-time", "lm-speed", "lm-few-shot"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_without_a_decoder(ran: tuple[dict[str, Any], Path]) -> None:
+    results, out = copy.deepcopy(ran[0]), ran[1]
+    results["lm"]["no_decoder"] = "expected llama, got <bert>"
+    del results["lm"]["variants"]["decoder"]
+    page = report.html(results, {path.stem: path for path in out.glob("*.png")})
+    assert "There is no fasticl.Decoder of this model: expected llama, got &lt;bert&gt;." in page
+    assert "FastICL Decoder" not in page
+
+
+def test_a_model_that_decoder_does_not_compute(folder: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    model.config.model_type = "bert"
+    assert lm._decoder(model)[0] is None
+    assert "got model_type 'bert'" in str(lm._decoder(model)[1])
 
 
 def test_report_escapes_and_shows_failures(ran: tuple[dict[str, Any], Path]) -> None:
@@ -253,10 +273,13 @@ def test_agreement_check(folder: Path, tokenizer: Any, spoil: str) -> None:
         down[3] = torch.nan if spoil == "NaN" else down[3] * 1.001
     failures: list[str] = []
     tokens = lm.token_windows(tokenizer, "Many a text would do here, for the model is random.", 1, 48)
-    rows = lm._check_agreement(masked, {"ours": ours}, tokens, 4, failures)
-    assert [row["passed"] for row in rows] == [spoil == "nothing"] * 2
-    assert [row["tokens"] for row in rows] == [44, 4]
-    assert len(failures) == (0 if spoil == "nothing" else 2)
+    models: dict[str, torch.nn.Module | fasticl.Decoder] = {"ours": ours}
+    if spoil != "NaN":  # which a Decoder refuses when it is made
+        models["decoder"] = fasticl.Decoder(ours)
+    rows = lm._check_agreement(masked, models, tokens, 4, failures)
+    assert [row["passed"] for row in rows] == [spoil == "nothing"] * len(rows)
+    assert [row["tokens"] for row in rows] == [44, 4, 4][: len(models) + 1]
+    assert len(failures) == (0 if spoil == "nothing" else len(rows))
 
 
 # --- texts and tasks -------------------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
-"""A pretrained language model three times: dense, with Wanda's zeros, and those zeros on FastICL's kernels."""
+"""A pretrained language model: dense, with Wanda's zeros, and those on FastICL's kernels, with and without Decoder."""
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,7 +48,7 @@ class _Sizes:
     answer: int = 40
     prefill: int = 128
     decode: int = 16
-    seconds: float = 12.0  # for each of prefill and decode, all models together
+    seconds: float = 16.0  # for each of prefill and decode, all models together
 
 
 _QUICK = _Sizes((2, 64), (2, 64), relations=1, answers=1, answer=8, prefill=32, decode=4, seconds=0.5)
@@ -90,11 +91,20 @@ def run(settings: Settings, stages: Stages, failures: list[str]) -> dict[str, An
     with stages.stage("convert it to FastICL"):
         report = fasticl.convert(copy.deepcopy(masked))
     models = {"dense": dense, "masked": masked, "fasticl": report.model.eval()}
+    decoders: dict[str, fasticl.Decoder] = {}
+    with stages.stage("convert it for decoding alone, by fasticl.Decoder"):
+        decoder, no_decoder = _decoder(masked)
+        if decoder is not None:
+            models["decoder"], decoders["decoder"] = decoder.model, decoder
 
     with stages.stage("check that FastICL computes what the masked model does"):
         # Where dense is faster, convert keeps it: only with every pruned layer packed is each of them checked.
         packed = fasticl.convert(copy.deepcopy(masked), min_speedup=0.0).model.eval()
-        checked = {"as converted": models["fasticl"], "all packed": packed}
+        checked: dict[str, nn.Module | fasticl.Decoder] = {
+            "as converted": models["fasticl"],
+            "all packed": packed,
+            **decoders,
+        }
         agreement = _check_agreement(masked, checked, evaluation[:2], sizes.decode, failures)
         del packed, checked
     variants: dict[str, dict[str, Any]] = {}
@@ -111,11 +121,11 @@ def run(settings: Settings, stages: Stages, failures: list[str]) -> dict[str, An
         for question in QUESTIONS[: sizes.answers]:
             row = {"question": question}
             for variant, model in models.items():
-                row[variant] = answer(model, tokenizer, question, sizes.answer)
+                row[variant] = answer(decoders.get(variant, model), tokenizer, question, sizes.answer)
                 advance()
             answers.append(row)
     with stages.stage("time prefill and decode"):
-        for variant, speeds in _speed(models, evaluation, sizes, settings).items():
+        for variant, speeds in _speed(models, decoders, evaluation, sizes, settings).items():
             variants[variant].update(speeds)
     return {
         "model": name,
@@ -139,11 +149,21 @@ def run(settings: Settings, stages: Stages, failures: list[str]) -> dict[str, An
             "layers": [_row(layer) for layer in report.layers],
             "mlps": [_row(mlp) for mlp in report.mlps],
         },
+        "no_decoder": no_decoder,
         "agreement": agreement,
         "variants": variants,
         "answers": answers,
         "same_answers": sum(row["masked"] == row["fasticl"] for row in answers),
     }
+
+
+def _decoder(masked: nn.Module) -> tuple[fasticl.Decoder | None, str | None]:
+    """A Decoder of the model, packed where that pays at one token, all it ever computes; or why there is none."""
+    try:
+        fasticl.Decoder(masked, length=4)  # before the conversion: refuses what it does not compute
+    except (TypeError, ValueError) as error:
+        return None, str(error)
+    return fasticl.Decoder(fasticl.convert(copy.deepcopy(masked), tokens=(1,)).model.eval()), None
 
 
 def _row(layer: LayerDecision) -> dict[str, Any]:
@@ -193,7 +213,7 @@ def few_shot(model: nn.Module, tokenizer: Any, relations: list[str]) -> dict[str
 
 
 @torch.inference_mode()
-def answer(model: nn.Module, tokenizer: Any, question: str, count: int) -> str:
+def answer(model: nn.Module | fasticl.Decoder, tokenizer: Any, question: str, count: int) -> str:
     """At most ``count`` tokens of greedy decoding, after the tokenizer's chat template if it has one."""
     if tokenizer.chat_template:
         message = [{"role": "user", "content": question}]
@@ -201,6 +221,11 @@ def answer(model: nn.Module, tokenizer: Any, question: str, count: int) -> str:
     else:
         prompt = f"Question: {question}\nAnswer:"
     tokens = tokenizer(prompt, add_special_tokens=not tokenizer.chat_template, return_tensors="pt")["input_ids"]
+    if isinstance(model, fasticl.Decoder):
+        stop = [tokenizer.eos_token_id]
+        return tokenizer.decode(
+            list(model.generate(tokens, max_new_tokens=count, stop=stop)), skip_special_tokens=True
+        ).strip()
     output = model(input_ids=tokens.to(next(model.parameters()).device), use_cache=True, logits_to_keep=1)
     said: list[int] = []
     while True:
@@ -215,8 +240,17 @@ def answer(model: nn.Module, tokenizer: Any, question: str, count: int) -> str:
 
 
 @torch.inference_mode()
-def _logits(model: nn.Module, tokens: Tensor, decode: int) -> dict[str, Tensor]:
-    """Logits ``[tokens, vocabulary]``, float64: all but the last ``decode`` tokens at once, these one by one."""
+def _logits(model: nn.Module | fasticl.Decoder, tokens: Tensor, decode: int) -> dict[str, Tensor]:
+    """Logits ``[tokens, vocabulary]``, float64: all but the last ``decode`` tokens at once, these one by one.
+
+    Of a Decoder, which reads a prompt by its model, only the latter.
+    """
+    if isinstance(model, fasticl.Decoder):
+        rows = []
+        for row in tokens:
+            model.prefill(row[:-decode])
+            rows.append(torch.stack([model.step(int(token)).double() for token in row[-decode:]]))
+        return {"decode": torch.stack(rows, dim=1).flatten(0, 1)}
     output = model(input_ids=tokens[:, :-decode], use_cache=True)
     prefill, steps = output.logits.flatten(0, 1).double(), []
     for token in tokens[:, -decode:].split(1, dim=1):
@@ -226,7 +260,11 @@ def _logits(model: nn.Module, tokens: Tensor, decode: int) -> dict[str, Tensor]:
 
 
 def _check_agreement(
-    masked: nn.Module, models: dict[str, nn.Module], tokens: Tensor, decode: int, failures: list[str]
+    masked: nn.Module,
+    models: Mapping[str, nn.Module | fasticl.Decoder],
+    tokens: Tensor,
+    decode: int,
+    failures: list[str],
 ) -> list[dict[str, Any]]:
     """Compares the logits of FastICL models and the masked model, through prefill and through ``decode`` single steps.
 
@@ -269,12 +307,16 @@ def _check_agreement(
 
 
 def _speed(
-    models: dict[str, nn.Module], evaluation: Tensor, sizes: _Sizes, settings: Settings
+    models: dict[str, nn.Module],
+    decoders: dict[str, fasticl.Decoder],
+    evaluation: Tensor,
+    sizes: _Sizes,
+    settings: Settings,
 ) -> dict[str, dict[str, Any]]:
     """Tokens per second of a prompt read at once and of greedy decoding after it, batch 1; the models take turns."""
     prompt = evaluation.flatten()[None, : sizes.prefill]
     timings = language_model_timings(
-        models, prompt, sizes.decode, seconds=sizes.seconds, synchronize=settings.synchronize
+        models, prompt, sizes.decode, seconds=sizes.seconds, synchronize=settings.synchronize, decoders=decoders
     )
     speeds: dict[str, dict[str, Any]] = {name: {} for name in models}
     for path, tokens in (("prefill", prompt.shape[1]), ("decode", sizes.decode)):

@@ -13,8 +13,8 @@ from fasticl.report import INK, axes, label, legend
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLORS = {"dense": "#9aa3ad", "masked": "#dd9a4a", "fasticl": "#1769aa"}
-NAMES = {"dense": "dense", "masked": "masked", "fasticl": "FastICL"}
+COLORS = {"dense": "#9aa3ad", "masked": "#dd9a4a", "fasticl": "#1769aa", "decoder": "#0b3d66"}
+NAMES = {"dense": "dense", "masked": "masked", "fasticl": "FastICL", "decoder": "FastICL Decoder"}
 _DOMAINS = {"in_domain": ("in domain", "-"), "out_of_domain": ("out of domain", "--")}
 
 
