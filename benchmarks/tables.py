@@ -11,8 +11,11 @@ from pathlib import Path
 from common import CASE_COLUMNS
 from environment import ROOT
 
+from fasticl import sweep
+
 Row = dict[str, str]
 PAPER = ROOT / "benchmarks" / "results" / "reproduce" / "results.json"
+SWEEP = ROOT / "benchmarks" / "results" / "sweep" / "sweep.csv"
 
 
 def fasticl(row: Row) -> bool:
@@ -214,8 +217,32 @@ def paper_table(path: Path = PAPER) -> str:
     )
 
 
+def sweep_table(path: Path = SWEEP) -> str:
+    """Quality and speed of a pruned language model, from the CSV of ``fasticl eval sweep``.
+
+    Raises:
+        ValueError: if the file has no rows, or rows of several models or settings.
+    """
+    rows = sorted(sweep.read(path), key=lambda row: (row.pattern != "unstructured", row.sparsity, row.method))
+    if len({row.settings for row in rows}) != 1:
+        raise ValueError(f"{path}: expected rows of one model and settings, got {len({row.settings for row in rows})}")
+    first = rows[0]
+    body = [["dense", f"{first.dense_perplexity:.1f}", "1×", "1×", "0"]]
+    for row in rows:
+        speed = f"{row.decode_speedup:.2f}×", f"{row.prefill_speedup:.2f}×"
+        body.append(
+            [f"{row.method}, {row.pattern}, {row.sparsity:.0%}", f"{row.perplexity:.1f}", *speed, str(row.packed)]
+        )
+    header = ["pruning of the blocks", "perplexity", "decode, by transformers", "prefill", "linears packed"]
+    source = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+    return (
+        f"{markdown(header, body)}\n\nFrom `{source}`: {first.model}, {first.dtype}, {first.cpu}, "
+        f"threads {first.threads}, torch {first.torch}, fasticl {first.fasticl}."
+    )
+
+
 def table(name: str, rows: Sequence[Row], source: str) -> str:
-    """The table ``name``: "headline", "bandwidth", "paper" or an op; with a line that says where its numbers come from.
+    """The table ``name``: "headline", "bandwidth", "paper", "sweep" or an op; and the source of its numbers.
 
     Raises:
         ValueError: if there is no such table, or no rows for it.
@@ -224,6 +251,8 @@ def table(name: str, rows: Sequence[Row], source: str) -> str:
         raise ValueError(f"{source}: expected rows, got none")
     if name == "paper":
         return paper_table()
+    if name == "sweep":
+        return sweep_table()
     if name == "headline":
         text, used = headline_table(rows), list(rows)
     elif name == "bandwidth":
