@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ def language_model_timings(
     *,
     seconds: float,
     synchronize: Callable[[], object] | None = None,
-    decoders: Mapping[str, Decoder] | None = None,
+    decoders: Mapping[str, Decoder] = MappingProxyType({}),
 ) -> dict[str, dict[str, Timing]]:
     """Of each model ``"prefill"``, ``prompt`` read at once, and ``"decode"``, greedy, after all of it but a token.
 
@@ -32,21 +33,25 @@ def language_model_timings(
         decoders: of some of the models, by name; these decode by them, the others by transformers.
     """
 
-    def read(model: nn.Module) -> Callable[[], object]:
-        return lambda: model(input_ids=prompt, use_cache=False, logits_to_keep=1)
+    def read(name: str) -> Callable[[], object]:
+        return lambda: models[name](input_ids=prompt, use_cache=False, logits_to_keep=1)
 
-    def answer(model: nn.Module) -> Callable[[], object]:
-        if (decoder := of_model.get(model)) is not None:
-            decoder.prefill(prompt[:, :-1])
-            start = decoder.position
+    def answer(name: str) -> Callable[[], object]:
+        return by_transformers(models[name]) if name not in decoders else by_decoder(decoders[name])
 
-            def own_steps() -> None:
-                token = int(prompt[0, -1])
-                for _ in range(decode):
-                    token = int(decoder.step(token).argmax())
-                decoder.position = start
+    def by_decoder(decoder: Decoder) -> Callable[[], object]:
+        decoder.prefill(prompt[:, :-1])
+        start = decoder.position
 
-            return own_steps
+        def steps() -> None:
+            token = int(prompt[0, -1])
+            for _ in range(decode):
+                token = int(decoder.step(token).argmax())
+            decoder.position = start
+
+        return steps
+
+    def by_transformers(model: nn.Module) -> Callable[[], object]:
         output = model(input_ids=prompt[:, :-1], use_cache=True, logits_to_keep=1)
         cache = output.past_key_values
 
@@ -58,10 +63,9 @@ def language_model_timings(
 
         return steps
 
-    of_model = {models[name]: decoder for name, decoder in (decoders or {}).items()}
     timings: dict[str, dict[str, Timing]] = {name: {} for name in models}
     for path, contender in (("prefill", read), ("decode", answer)):
-        contenders = {name: contender(model) for name, model in models.items()}
+        contenders = {name: contender(name) for name in models}
         for name, timing in interleaved(contenders, seconds=seconds, synchronize=synchronize).items():
             timings[name][path] = timing
     return timings

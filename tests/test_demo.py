@@ -20,6 +20,7 @@ from fasticl.demo import DemoError, Settings, icl, lm, plots, report
 from fasticl.demo.tasks import RELATIONS, SHOTS, few_shot_prefix, questions
 from fasticl.demo.texts import calibration_text, evaluation_text
 from fasticl.icl import Training
+from fasticl.speed import language_model_timings
 from fasticl.stages import Stages
 
 pytest.importorskip("matplotlib")
@@ -280,6 +281,21 @@ def test_agreement_check(folder: Path, tokenizer: Any, spoil: str) -> None:
     assert [row["passed"] for row in rows] == [spoil == "nothing"] * len(rows)
     assert [row["tokens"] for row in rows] == [44, 4, 4][: len(models) + 1]
     assert len(failures) == (0 if spoil == "nothing" else len(rows))
+
+
+def test_a_decoder_is_what_is_timed(folder: Path) -> None:
+    """By name, at the same positions in every call; the models without one decode by transformers."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    decoder = fasticl.Decoder(model)
+    seen: list[int] = []
+    step = decoder.step
+    decoder.step = lambda token: (seen.append(decoder.position), step(token))[1]  # type: ignore[method-assign]
+    prompt = torch.arange(1, 8)[None]
+    models = {"dense": model, "decoder": copy.deepcopy(model)}
+    timings = language_model_timings(models, prompt, 3, seconds=0.01, decoders={"decoder": decoder})
+    assert set(timings) == {"dense", "decoder"}
+    assert len(seen) >= 6
+    assert seen == [6, 7, 8] * (len(seen) // 3)
 
 
 # --- texts and tasks -------------------------------------------------------------------------------------------------

@@ -271,8 +271,7 @@ def _check_agreement(
     All add up the same products in different orders, so all are wrong by rounding. How much that is for this model,
     text and dtype is measured: by how far the masked model's logits are from those it has in float64. The tolerance is
     eight times that: two such errors add up, and the largest comes from few tokens that a model amplifies (the first of
-    a text is often one), so that it varies. On SmolLM2-135M kernels came to 3.2 times; a single lost weight moves the
-    logits by 30 to 700 times.
+    a text is often one), so that it varies.
 
     Args:
         tokens: ``[W, L]`` int64, the last ``decode`` of which are fed one by one.
