@@ -1,6 +1,6 @@
-// One token through all blocks of a decoder-only language model, in one parallel region: at one token a model is a
-// stream of weights, and what lies between two of them (norms, rotary positions, attention over the cache) is done
-// where its input still is in L1. Activations stay float32 from the embedding to the logits.
+// One token of each of M sequences through all blocks of a decoder-only language model, in one parallel region: at few
+// tokens a model is a stream of weights, and what lies between two of them (norms, rotary positions, attention over the
+// cache) is done where its input still is in L1. Activations stay float32 from the embedding to the logits.
 //
 // A phase cuts the rows of its weights into a share a thread; a barrier parts it from the next, which reads all of
 // them. Norms are computed by every thread for itself, which spares a barrier.
@@ -12,20 +12,21 @@
 
 namespace {
 
-// What one thread holds while a token passes. All float32.
+// What one thread holds while tokens pass. All float32.
 struct Worker {
   int64_t t, threads;
-  float* normed;    // [D], and zeros up to whole words
-  float* arranged;  // the input of a linear in the order of its values
+  float* normed;    // [M, stride]
+  float* arranged;  // [M, stride], the input of a linear in the order of its values
   float* state;     // attention: sums, total, largest score
   float* query;     // attention: spread
   float* wide;
   uint8_t* spare;
 };
 
-// Buffers that all threads share, each of `widest` floats.
+// Buffers that all threads share, each [M, stride] float32; a stride is `widest` in whole words.
 struct Shared {
   float *outputs, *contexts, *hidden, *sums;
+  int64_t stride;
 };
 
 struct Share {
@@ -37,43 +38,37 @@ FASTICL_INLINE Share share_of(const DecoderLinear& l, const Worker& me) {
 }
 
 template <class T>
-void multiply_rows(const RowWeight& w, Share rows, const float* x, const Worker& me, float* out) {
+void multiply_rows(const RowWeight& w, Share rows, const float* x, const Worker& me, const Shared& s, int64_t M,
+                   float* out, int64_t out_stride) {
+  int64_t x_stride = s.stride;
   if (!kInOrder<T> || w.K % kWord) {
-    widen_rows<T>(x, 1, w.K, w.K, me.arranged);
+    widen_rows<T>(x, M, w.K, x_stride, me.arranged);
     x = me.arranged;
+    x_stride = round_up(w.K, kWord);
   }
   if (w.bitmask) {
-    few_tokens<T, false, 1>(w, rows.begin, rows.end, x, 0, out, 0, me.spare);
+    few_tokens_any<T, false>(M, w, rows.begin, rows.end, x, x_stride, out, out_stride, me.spare);
   } else {
-    few_tokens<T, true, 1>(w, rows.begin, rows.end, x, 0, out, 0, me.spare);
+    few_tokens_any<T, true>(M, w, rows.begin, rows.end, x, x_stride, out, out_stride, me.spare);
   }
 }
 
-// out[n] = scales[n] (W x)[n] + bias[n] for some rows n.
-inline void multiply(const DecoderLinear& l, Share rows, const float* x, const Worker& me, float* out) {
+// out[m, n] = scales[n] (W x[m])[n] + bias[n] for some rows n of W.
+inline void multiply(const DecoderLinear& l, Share rows, const float* x, const Worker& me, const Shared& s, int64_t M,
+                     float* out, int64_t out_stride) {
   if (rows.begin == rows.end) return;
-  switch (l.weight.dtype) {
-    case DType::f32:
-      multiply_rows<float>(l.weight, rows, x, me, out);
-      break;
-    case DType::bf16:
-      multiply_rows<bf16>(l.weight, rows, x, me, out);
-      break;
-    case DType::f16:
-      multiply_rows<f16>(l.weight, rows, x, me, out);
-      break;
-    case DType::i8:
-      multiply_rows<int8_t>(l.weight, rows, x, me, out);
-      break;
-  }
+  with_value(l.weight.dtype,
+             [&](auto like) { multiply_rows<decltype(like)>(l.weight, rows, x, me, s, M, out, out_stride); });
   if (!l.scales && !l.bias) return;
-  for (int64_t n = rows.begin; n < rows.end; n += kLanes) {
-    const int64_t left = rows.end - n;
-    Vec y = load_n(out + n, left);
-    if (l.scales) y = y * load_n(l.scales + n, left);
-    if (l.bias) y = y + load_n(l.bias + n, left);
-    store_n(out + n, y, left);
-  }
+  for (int64_t m = 0; m < M; m++)
+    for (int64_t n = rows.begin; n < rows.end; n += kLanes) {
+      const int64_t left = rows.end - n;
+      float* at = out + m * out_stride + n;
+      Vec y = load_n(at, left);
+      if (l.scales) y = y * load_n(l.scales + n, left);
+      if (l.bias) y = y + load_n(l.bias + n, left);
+      store_n(at, y, left);
+    }
 }
 
 // out may be x.
@@ -98,6 +93,12 @@ inline void normalize(const DecoderNorm& norm, const float* x, int64_t n, float*
   }
 }
 
+// normed[m] = norm(x[m]) of all tokens: every thread for itself, which spares a barrier.
+inline void normalize_all(const DecoderParams& p, const DecoderNorm& norm, const float* x, int64_t stride,
+                          const Worker& me, const Shared& s) {
+  for (int64_t m = 0; m < p.M; m++) normalize(norm, x + m * stride, p.D, me.normed + m * s.stride);
+}
+
 // Turns the first `rotary` dimensions of a head: (a, b) = (x[i], x[i + rotary / 2]) becomes (a c - b s, b c + a s).
 inline void rotate(const DecoderBlock& b, int64_t position, float* x) {
   const int64_t half = b.rotary / 2;
@@ -117,105 +118,127 @@ void cache(const float* x, int64_t d, T* out) {
 
 // Norms and turns this thread's share of the heads of queries and keys; keys and values go to the cache.
 template <class T>
-void place_heads(const DecoderParams& p, const DecoderBlock& b, const Worker& me, float* outputs) {
-  const int64_t heads = b.q.count + b.k.count;
-  for (int64_t i = heads * me.t / me.threads; i < heads * (me.t + 1) / me.threads; i++) {
-    const bool is_query = i < b.q.count;
-    const int64_t h = is_query ? i : i - b.q.count;
+void place_heads(const DecoderParams& p, const DecoderBlock& b, const Worker& me, const Shared& s) {
+  const int64_t heads = b.q.count + b.k.count, total = p.M * heads;
+  for (int64_t i = total * me.t / me.threads; i < total * (me.t + 1) / me.threads; i++) {
+    const int64_t m = i / heads, nth = i % heads;
+    const bool is_query = nth < b.q.count;
+    const int64_t h = is_query ? nth : nth - b.q.count;
+    float* outputs = s.outputs + m * s.stride;
     float* x = outputs + (is_query ? b.q.first + h * b.q.step : b.k.first + h * b.k.step);
     const DecoderNorm& norm = is_query ? b.q_norm : b.k_norm;
     if (norm.weight) normalize(norm, x, p.d, x);
-    if (b.rotary) rotate(b, p.position, x);
+    if (b.rotary) rotate(b, p.angles[m], x);
     if (is_query) continue;
-    const int64_t at = (h * p.capacity + p.position) * p.d;
-    cache(x, p.d, static_cast<T*>(b.keys) + at);
-    cache(outputs + b.v.first + h * b.v.step, p.d, static_cast<T*>(b.values) + at);
+    cache(x, p.d, static_cast<T*>(b.keys.data) + b.keys.at(m, h) + p.slots[m] * p.d);
+    cache(outputs + b.v.first + h * b.v.step, p.d,
+          static_cast<T*>(b.values.data) + b.values.at(m, h) + p.slots[m] * p.d);
   }
 }
 
-// contexts[h] = sum_i softmax_i(scale q_h . k_i) v_i for this thread's share of the queries' heads.
+// contexts[m, h] = sum_i softmax_i(scale q_h . k_i) v_i for this thread's share of the queries' heads.
 template <class T>
 void attend_heads(const DecoderParams& p, const DecoderBlock& b, const Worker& me, const Shared& s) {
-  const int64_t padded = round_up(p.d, kLanes);
-  const int64_t seen = b.window && p.position + 1 > b.window ? b.window : p.position + 1;
-  for (int64_t h = b.q.count * me.t / me.threads; h < b.q.count * (me.t + 1) / me.threads; h++) {
+  const int64_t padded = round_up(p.d, kLanes), total = p.M * b.q.count;
+  for (int64_t i = total * me.t / me.threads; i < total * (me.t + 1) / me.threads; i++) {
+    const int64_t m = i / b.q.count, h = i % b.q.count;
+    const int64_t begin = b.window && p.ends[m] - p.begins[m] > b.window ? p.ends[m] - b.window : p.begins[m];
     float* query = me.normed;  // free by now, and as long as a head at least
-    const float* q = s.outputs + b.q.first + h * b.q.step;
+    const float* q = s.outputs + m * s.stride + b.q.first + h * b.q.step;
     for (int64_t k = 0; k < p.d; k += kLanes) store(query + k, load_n(q + k, p.d - k) * set1(b.scale));
-    const int64_t at = (h * b.k.count / b.q.count * p.capacity + p.position + 1 - seen) * p.d;
-    attend(static_cast<const T*>(b.keys) + at, static_cast<const T*>(b.values) + at, p.d, seen, p.d, query, me.state,
-           me.query, me.wide);
-    const Vec total = set1(sum(load(me.state + padded)));
-    for (int64_t k = 0; k < p.d; k += kLanes) store_n(s.contexts + h * p.d + k, load(me.state + k) / total, p.d - k);
+    const int64_t group = h * b.k.count / b.q.count;
+    attend(static_cast<const T*>(b.keys.data) + b.keys.at(m, group) + begin * p.d,
+           static_cast<const T*>(b.values.data) + b.values.at(m, group) + begin * p.d, p.d, p.ends[m] - begin, p.d,
+           query, me.state, me.query, me.wide);
+    const Vec sum_of = set1(sum(load(me.state + padded)));
+    float* context = s.contexts + m * s.stride + h * p.d;
+    for (int64_t k = 0; k < p.d; k += kLanes) store_n(context + k, load(me.state + k) / sum_of, p.d - k);
   }
 }
 
-inline void start_mlp(const DecoderBlock& b, const Worker& me, const Shared& s) {
+inline void start_mlp(const DecoderParams& p, const DecoderBlock& b, const Worker& me, const Shared& s) {
+  normalize_all(p, b.mlp_norm, p.x, p.D, me, s);
   const Share rows = share_of(b.up, me);
-  multiply(b.up, rows, me.normed, me, s.hidden);
-  if (b.gated) multiply(b.gate, rows, me.normed, me, s.sums);
-  for (int64_t n = rows.begin; n < rows.end; n += kLanes) {
-    const int64_t left = rows.end - n;
-    const Vec up = load_n(s.hidden + n, left);
-    const Vec h = b.gated ? activate(b.activation, load_n(s.sums + n, left)) * up : activate(b.activation, up);
-    store_n(s.hidden + n, h, left);
-  }
+  multiply(b.up, rows, me.normed, me, s, p.M, s.hidden, s.stride);
+  if (b.gated) multiply(b.gate, rows, me.normed, me, s, p.M, s.sums, s.stride);
+  for (int64_t m = 0; m < p.M; m++)
+    for (int64_t n = rows.begin; n < rows.end; n += kLanes) {
+      const int64_t left = rows.end - n;
+      float* hidden = s.hidden + m * s.stride + n;
+      const Vec up = load_n(hidden, left);
+      const Vec h =
+          b.gated ? activate(b.activation, load_n(s.sums + m * s.stride + n, left)) * up : activate(b.activation, up);
+      store_n(hidden, h, left);
+    }
 }
 
 // x += norm(linear(from)): the rows of this thread, which waits for the others only where a norm needs all of them.
 inline void add_to_x(const DecoderParams& p, const DecoderLinear& l, const DecoderNorm& norm, const float* from,
                      const Worker& me, const Shared& s) {
   const Share rows = share_of(l, me);
-  multiply(l, rows, from, me, s.sums);
+  multiply(l, rows, from, me, s, p.M, s.sums, s.stride);
   const float* sums = s.sums;
   if (norm.weight) {
 #pragma omp barrier
-    normalize(norm, s.sums, p.D, me.normed);
+    normalize_all(p, norm, s.sums, s.stride, me, s);
     sums = me.normed;
   }
-  for (int64_t n = rows.begin; n < rows.end; n += kLanes) {
-    const int64_t left = rows.end - n;
-    store_n(p.x + n, load_n(p.x + n, left) + load_n(sums + n, left), left);
-  }
+  for (int64_t m = 0; m < p.M; m++)
+    for (int64_t n = rows.begin; n < rows.end; n += kLanes) {
+      const int64_t left = rows.end - n;
+      float* x = p.x + m * p.D + n;
+      store_n(x, load_n(x, left) + load_n(sums + m * s.stride + n, left), left);
+    }
 }
 
+// Queries, keys and values: outputs, and what the cache takes of them.
 template <class T>
-void run_block(const DecoderParams& p, const DecoderBlock& b, const Worker& me, const Shared& s) {
-  if (b.parallel) {
-    normalize(b.mlp_norm, p.x, p.D, me.normed);
-    start_mlp(b, me, s);
-  }
-  normalize(b.norm, p.x, p.D, me.normed);
+void start_block(const DecoderParams& p, const DecoderBlock& b, const Worker& me, const Shared& s) {
+  normalize_all(p, b.norm, p.x, p.D, me, s);
   float* out = s.outputs;
   for (int i = 0; i < b.qkv_count; i++) {
-    multiply(b.qkv[i], share_of(b.qkv[i], me), me.normed, me, out);
+    multiply(b.qkv[i], share_of(b.qkv[i], me), me.normed, me, s, p.M, out, s.stride);
     out += b.qkv[i].weight.N;
   }
 #pragma omp barrier
-  place_heads<T>(p, b, me, s.outputs);
-#pragma omp barrier
+  place_heads<T>(p, b, me, s);
+}
+
+template <class T>
+void finish_block(const DecoderParams& p, const DecoderBlock& b, const Worker& me, const Shared& s) {
   attend_heads<T>(p, b, me, s);
+  if (b.parallel) start_mlp(p, b, me, s);  // of x, before attention is added to it
 #pragma omp barrier
   add_to_x(p, b.out, b.out_norm, s.contexts, me, s);
 #pragma omp barrier
   if (!b.parallel) {
-    normalize(b.mlp_norm, p.x, p.D, me.normed);
-    start_mlp(b, me, s);
+    start_mlp(p, b, me, s);
 #pragma omp barrier
   }
   add_to_x(p, b.down, b.mlp_out_norm, s.hidden, me, s);
-#pragma omp barrier
+}
+
+// x of a single block, in and out, has the type of its cache.
+template <class T>
+float* widen_x(const DecoderParams& p) {
+  static thread_local Scratch scratch;
+  float* x = scratch.get<float>(static_cast<size_t>(p.M * p.D));
+  for (int64_t k = 0; k < p.M * p.D; k += kLanes)
+    store_n(x + k, load_n(static_cast<const T*>(p.in) + k, p.M * p.D - k), p.M * p.D - k);
+  return x;
 }
 
 template <class T>
-void run_decoder(const DecoderParams& p) {
+void run_decoder(DecoderParams p) {
   static thread_local Scratch shared_scratch;
-  const int64_t widest = round_up(p.widest, kWord);
   Shared s{};
-  s.outputs = shared_scratch.get<float>(static_cast<size_t>(4 * widest));
-  s.contexts = s.outputs + widest;
-  s.hidden = s.contexts + widest;
-  s.sums = s.hidden + widest;
+  s.stride = round_up(p.widest, kWord);
+  const int64_t floats = p.M * s.stride;
+  s.contexts = shared_scratch.get<float>(static_cast<size_t>(4 * floats));
+  s.hidden = s.contexts + floats;
+  s.sums = s.hidden + floats;
+  s.outputs = p.outputs ? p.outputs : s.sums + floats;
+  p.x = p.in ? widen_x<T>(p) : p.x;
 #pragma omp parallel num_threads(p.threads) if (p.threads > 1)
   {
     static thread_local Scratch own_scratch, spare_scratch;
@@ -224,18 +247,29 @@ void run_decoder(const DecoderParams& p) {
     me.t = thread_index();
     me.threads = thread_count();
     me.normed =
-        own_scratch.get<float>(static_cast<size_t>(2 * widest + 2 * padded + 2 * kLanes + 2 * wide_floats(padded)));
-    me.arranged = me.normed + widest;
-    me.state = me.arranged + widest;
+        own_scratch.get<float>(static_cast<size_t>(2 * floats + 2 * padded + 2 * kLanes + 2 * wide_floats(padded)));
+    me.arranged = me.normed + floats;
+    me.state = me.arranged + floats;
     me.query = me.state + padded + 2 * kLanes;
     me.wide = me.query + padded;
     me.spare = spare_scratch.get<uint8_t>(static_cast<size_t>(spare_row_bytes<float>(p.widest)));
-    for (int64_t i = 0; i < p.count; i++) run_block<T>(p, p.blocks[i], me, s);
+    for (int64_t i = 0; i < p.count; i++) {
+      if (p.part != Part::finish) start_block<T>(p, p.blocks[i], me, s);
+      if (p.part == Part::all) {
+#pragma omp barrier
+      }
+      if (p.part != Part::start) finish_block<T>(p, p.blocks[i], me, s);
+      if (p.part == Part::all) {
+#pragma omp barrier
+      }
+    }
     if (p.head.weight.N) {
-      normalize(p.norm, p.x, p.D, me.normed);
-      multiply(p.head, share_of(p.head, me), me.normed, me, p.logits);
+      normalize_all(p, p.norm, p.x, p.D, me, s);
+      multiply(p.head, share_of(p.head, me), me.normed, me, s, p.M, p.logits, p.head.weight.N);
     }
   }
+  for (int64_t k = 0; p.out && k < p.M * p.D; k += kLanes)
+    store_n(static_cast<T*>(p.out) + k, load_n(p.x + k, p.M * p.D - k), p.M * p.D - k);
 }
 
 }  // namespace
@@ -293,15 +327,18 @@ Heads heads_of(const py::object& o) {
   return {count, first, step};
 }
 
+// Keys or values [M, heads, positions, d] whose last two dimensions lie close; strides in elements.
+DecoderCache cache_of(const py::tuple& t) {
+  return {pointer<void>(t[0].cast<Address>()), t[1].cast<int64_t>(), t[2].cast<int64_t>()};
+}
+
 // Holds addresses alone: the tensors live in the Python object that made it.
 class Decoder {
  public:
-  Decoder(int64_t D, int64_t d, int64_t capacity, int cache_dtype, const py::list& blocks, const py::object& norm,
-          const py::object& head) {
+  Decoder(int64_t D, int64_t d, int dtype, const py::list& blocks, const py::object& norm, const py::object& head) {
     p_.D = p_.widest = D;
     p_.d = d;
-    p_.capacity = capacity;
-    p_.cache_dtype = static_cast<DType>(cache_dtype);
+    p_.cache_dtype = static_cast<DType>(dtype);
     for (const auto& item : blocks) add(item.cast<py::dict>());
     p_.norm = norm_of(norm);
     if (!head.is_none()) p_.head = linear_of(head.cast<py::dict>());
@@ -309,17 +346,62 @@ class Decoder {
     p_.count = static_cast<int64_t>(blocks_.size());
   }
 
-  void step(Address x, int64_t position, Address logits, int threads) const {
+  void step(Address x, int64_t M, Address places, Address logits, int threads) const {
     py::gil_scoped_release release;
     DecoderParams p = p_;
+    p.M = M;
     p.x = pointer<float>(x);
+    p.angles = pointer<const int64_t>(places);
+    p.slots = p.angles + M;
+    p.begins = p.slots + M;
+    p.ends = p.begins + M;
     p.logits = pointer<float>(logits);
-    p.position = position;
     p.threads = threads;
     FASTICL_DISPATCH(decoder(p));
   }
 
+  int64_t output_floats(int64_t M) const { return M * round_up(p_.widest, 64); }
+
+  void start(Address x, int64_t M, Address cos, Address sin, Address rows, Address outputs, const py::tuple& keys,
+             const py::tuple& values, int threads) const {
+    DecoderBlock b = blocks_.front();
+    b.cos = pointer<const float>(cos);
+    b.sin = pointer<const float>(sin);
+    b.keys = cache_of(keys);
+    b.values = cache_of(values);
+    py::gil_scoped_release release;
+    DecoderParams p = part(Part::start, b, M, outputs, threads);
+    p.angles = pointer<const int64_t>(rows);
+    p.slots = p.angles + M;
+    p.in = pointer<const void>(x);
+    FASTICL_DISPATCH(decoder(p));
+  }
+
+  void finish(Address x, int64_t M, Address outputs, const py::tuple& keys, const py::tuple& values, Address begins,
+              Address ends, Address out, int threads) const {
+    DecoderBlock b = blocks_.front();
+    b.keys = cache_of(keys);
+    b.values = cache_of(values);
+    py::gil_scoped_release release;
+    DecoderParams p = part(Part::finish, b, M, outputs, threads);
+    p.begins = pointer<const int64_t>(begins);
+    p.ends = pointer<const int64_t>(ends);
+    p.in = pointer<const void>(x);
+    p.out = pointer<void>(out);
+    FASTICL_DISPATCH(decoder(p));
+  }
+
  private:
+  DecoderParams part(Part which, const DecoderBlock& b, int64_t M, Address outputs, int threads) const {
+    DecoderParams p = p_;
+    p.part = which;
+    p.blocks = &b;
+    p.M = M;
+    p.outputs = pointer<float>(outputs);
+    p.threads = threads;
+    return p;
+  }
+
   void add(const py::dict& d) {
     DecoderBlock b{};
     b.norm = norm_of(d["norm"]);
@@ -342,8 +424,8 @@ class Decoder {
     b.cos = pointer<const float>(d["cos"].cast<Address>());
     b.sin = pointer<const float>(d["sin"].cast<Address>());
     b.rotary = d["rotary"].cast<int64_t>();
-    b.keys = pointer<void>(d["keys"].cast<Address>());
-    b.values = pointer<void>(d["cached_values"].cast<Address>());
+    b.keys = cache_of(d["keys"].cast<py::tuple>());
+    b.values = cache_of(d["cached_values"].cast<py::tuple>());
     b.out = linear_of(d["out"].cast<py::dict>());
     b.up = linear_of(d["up"].cast<py::dict>());
     b.down = linear_of(d["down"].cast<py::dict>());
@@ -362,14 +444,25 @@ class Decoder {
 }  // namespace
 
 void bind_decoder(py::module_& m) {
-  py::class_<Decoder>(m, "Decoder",
-                      "The blocks of a language model, by the addresses of their tensors, which must outlive it; "
-                      "fasticl.decoder checks what is passed here.")
-      .def(py::init<int64_t, int64_t, int64_t, int, const py::list&, const py::object&, const py::object&>(), "D"_a,
-           "d"_a, "capacity"_a, "cache_dtype"_a, "blocks"_a, "norm"_a, "head"_a)
-      .def(
-          "step", &Decoder::step, "x"_a, "position"_a, "logits"_a, "threads"_a,
-          "x [D] float32, the token's embedding, becomes what the last block adds up to; logits [vocabulary] float32.");
+  py::class_<Decoder>(
+      m, "Decoder",
+      "Blocks of a language model, by the addresses of their tensors, which must outlive it. Its caller "
+      "in Python checks what is passed here. A cache is (address, stride of a sequence, of a head).")
+      .def(py::init<int64_t, int64_t, int, const py::list&, const py::object&, const py::object&>(), "D"_a, "d"_a,
+           "dtype"_a, "blocks"_a, "norm"_a, "head"_a)
+      .def("step", &Decoder::step, "x"_a, "M"_a, "places"_a, "logits"_a, "threads"_a,
+           "M tokens, each of another sequence, through all blocks. x [M, D] float32, their embeddings, becomes what "
+           "the last block adds up to. places [4, M] int64: a token's row of cos and sin, its position in the caches, "
+           "and from where to where it attends there. logits [M, vocabulary] float32.")
+      .def("output_floats", &Decoder::output_floats, "M"_a, "Length of what start leaves for finish.")
+      .def("start", &Decoder::start, "x"_a, "M"_a, "cos"_a, "sin"_a, "rows"_a, "outputs"_a, "keys"_a, "values"_a,
+           "threads"_a,
+           "The first block's queries, keys and values of x [M, D] of its dtype. rows [2, M] int64: of cos and sin "
+           "[.., rotary / 2] float32, and of the positions of keys and values, which are written.")
+      .def("finish", &Decoder::finish, "x"_a, "M"_a, "outputs"_a, "keys"_a, "values"_a, "begins"_a, "ends"_a, "out"_a,
+           "threads"_a,
+           "The rest of the first block, attending to positions begins[m] to ends[m] of keys and values; out [M, D] of "
+           "its dtype.");
 }
 
 }  // namespace fasticl

@@ -7,13 +7,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fasticl import formats
+from fasticl import blocks, formats
+from fasticl.architectures import TOLERANCE, Block, block_of, layers_of
 from fasticl.checkpoint import make_serializable
-from fasticl.layers import MLP, fold_masks_
+from fasticl.layers import MLP, fold_masks_, is_linear
 from fasticl.nn import SparseLinear, SparseMLP, dense_weight
 from fasticl.prune import detect_pattern
 from fasticl.replaceable import (
@@ -43,9 +45,11 @@ Replacements = dict[nn.Module, nn.Module]
 
 @dataclass(frozen=True)
 class LayerDecision:
-    """A linear, or an MLP: what it is, what was measured, what was chosen. Times in milliseconds, by number of tokens.
+    """A linear, an MLP or a block: what it is, what was measured, what was chosen.
 
-    ``shape`` is [N outputs, K inputs]; of an MLP [H hidden neurons, K inputs], as they were before any were removed.
+    Times are in milliseconds, by number of tokens.
+    ``shape`` is [N outputs, K inputs]; of an MLP [H hidden neurons, K inputs], as they were before any were removed; of
+    a block [D, D].
     """
 
     name: str
@@ -53,7 +57,8 @@ class LayerDecision:
     dtype: torch.dtype
     sparsity: float
     pattern: str
-    kernel: str  # "dense", or a packed format, " int8" behind it for such values; of an MLP "fused_mlp", or "unfused"
+    kernel: str  # "dense", or a packed format, " int8" behind it for such values; of an MLP "fused_mlp", or "unfused";
+    # of a block "decoder_block", or "modules"
     reason: str
     ms_dense: dict[int, float] = field(default_factory=dict)
     ms_sparse: dict[int, float] = field(default_factory=dict)
@@ -67,12 +72,14 @@ class LayerDecision:
 class ConversionReport:
     """``model`` is the converted model: the same object, or what replaced it if it was itself a linear or an MLP.
 
-    ``layers`` has a decision for each linear, ``mlps`` for each MLP that could run as one op.
+    ``layers`` has a decision for each linear, ``mlps`` for each MLP that could run as one op, ``blocks`` for each block
+    of a language model whose architecture is known.
     """
 
     model: nn.Module
     layers: list[LayerDecision]
     mlps: list[LayerDecision]
+    blocks: list[LayerDecision] = field(default_factory=list)
 
     @property
     def converted(self) -> list[LayerDecision]:
@@ -82,9 +89,15 @@ class ConversionReport:
     def fused_mlps(self) -> list[str]:
         return [mlp.name for mlp in self.mlps if mlp.kernel == "fused_mlp"]
 
+    @property
+    def fused_blocks(self) -> list[str]:
+        return [block.name for block in self.blocks if block.kernel == "decoder_block"]
+
     def __str__(self) -> str:
         head = f"{len(self.converted)} of {len(self.layers)} linears run packed, {len(self.fused_mlps)} MLPs as one op"
-        return f"{head}\n{table([*self.layers, *self.mlps])}"
+        if self.blocks:
+            head += f", {len(self.fused_blocks)} of {len(self.blocks)} blocks decode in C++"
+        return f"{head}\n{table([*self.layers, *self.mlps, *self.blocks])}"
 
 
 def convert(
@@ -106,6 +119,11 @@ def convert(
     2. each linear (``nn.Linear``, GPT-2's Conv1D) with zeros, by a :class:`fasticl.nn.SparseLinear`; with
        ``values="int8"`` also each without;
     3. an MLP module of which a linear was packed, by one :class:`fasticl.nn.SparseMLP`.
+
+    Of a Hugging Face language model on the CPU in evaluation mode (architectures as for :class:`fasticl.Decoder`), the
+    blocks, packed or dense, decode in C++ then, if that is so much faster at those numbers of ``tokens`` that are at
+    most 8: one token each of up to so many sequences, behind a cache of any kind. Their modules stay, and everything
+    else goes through them.
 
     A module counts as an MLP if a small copy of it, on random tokens in eval mode, computes just that. Layers with
     hooks, and those whose weight their owner's ``forward`` reads, stay. Layers alike in shape, dtype, pattern and
@@ -135,7 +153,7 @@ def convert(
     report = replace(report, model=_replace(_replace(model, smaller), packed))
     if smaller or packed:
         make_serializable(report.model)
-    return report
+    return replace(report, blocks=_fuse_blocks(report.model, min_speedup, tokens))
 
 
 def explain(model: nn.Module, *, tokens: Sequence[int] = TOKENS) -> str:
@@ -324,6 +342,58 @@ def _choose_mlps(
                 chosen[found.module] = candidate
                 candidate.train(found.module.training)
     return chosen, decisions
+
+
+def _fuse_blocks(model: nn.Module, min_speedup: float, tokens: Sequence[int]) -> list[LayerDecision]:
+    """Lets the blocks of a language model decode in C++ where that pays; a decision for each."""
+    few = [m for m in tokens if m <= blocks.MAX_TOKENS]
+    try:
+        layers = {layer: block_of(layer) for layer in layers_of(model)}
+    except (AttributeError, ValueError):  # no Hugging Face language model, or of another architecture
+        return []
+    names = {module: name for name, module in model.named_modules()}
+    if not layers or not few or any(p.device.type != "cpu" for p in model.parameters()):
+        return []
+
+    def decide(kernel: str, reason: str, **ms: Any) -> list[LayerDecision]:
+        return [_block_decision(names[layer], block, kernel, reason, **ms) for layer, block in layers.items()]
+
+    if model.training:
+        return decide("modules", "the model is in training mode: call eval() first")
+    shared = blocks.Shared()
+    ms: dict[str, dict[int, float]] = {"dense": {}, "decoder_block": {}}
+    why = ""
+    with torch.inference_mode():
+        for layer in layers:
+            blocks.fuse(layer, max(few), shared)
+            plain, native = (way() for way in blocks.ways(model, layer, max(few)))
+            error = (native - plain).abs().max().item() / max(plain.abs().max().item(), 1e-30)
+            if not blocks.runs_native(layer):
+                why = why or f"{names[layer]} has layers that C++ does not know"
+            elif not error <= TOLERANCE[native.dtype]:
+                why = why or f"{names[layer]} computes something else"
+        for m in few if not why else ():
+            both = zip(*(blocks.ways(model, layer, m) for layer in layers), strict=True)
+            calls = dict(zip(ms, map(list, both), strict=True))
+            timings = interleaved(calls, seconds=LONGER * SECONDS)
+            for name, timing in timings.items():
+                ms[name][m] = timing.ms_p50
+    gains = _gains(ms, "decoder_block")
+    if not why and _pays(gains, min_speedup):
+        return decide("decoder_block", _gains_text(gains), ms_dense=ms["dense"], ms_sparse=ms["decoder_block"])
+    for layer in layers:
+        blocks.unfuse(layer)
+    why = why or f"decoder_block would be {_gains_text(gains)}"
+    return decide("modules", why, ms_dense=ms["dense"], ms_sparse=ms["decoder_block"])
+
+
+def _block_decision(name: str, block: Block, kernel: str, reason: str, **ms: Any) -> LayerDecision:
+    parts = [linear for linear in (*block.qkv, block.out, block.up, block.gate, block.down) if linear is not None]
+    weights = [dense_weight(linear) for linear in parts if is_linear(linear) or isinstance(linear, SparseLinear)]
+    total = sum(w.numel() for w in weights)
+    zeros = total - sum(int(w.count_nonzero()) for w in weights)
+    D = block.attention.config.hidden_size
+    return LayerDecision(name, (D, D), next(block.module.parameters()).dtype, zeros / max(1, total), "block", kernel, reason, **ms)
 
 
 def _mlp_decision(name: str, mlp: MLP | SparseMLP, kernel: str, reason: str) -> LayerDecision:

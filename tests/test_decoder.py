@@ -67,7 +67,7 @@ def stepwise(decoder: Decoder, tokens: Tensor, prompt: int) -> Tensor:
     logits = [decoder.prefill(tokens[:prompt]).clone()]
     for token in tokens[prompt:].tolist():
         # What lies behind this position, and where logits are written, must not be read.
-        decoder._cache[:, :, :, decoder.position + 1 :] = torch.nan
+        decoder._cache[:, :, :, :, decoder.position + 1 :] = torch.nan
         decoder._logits.fill_(torch.nan)
         logits.append(decoder.step(token).clone())
     return torch.stack(logits)

@@ -1,0 +1,263 @@
+"""Whole blocks of a transformers model in C++ while it decodes, under transformers' own ``generate``.
+
+A block of a dozen modules takes Python longer than a pruned block's arithmetic takes the machine. Here a block is two
+calls (csrc/decoder.cpp): its queries, keys and values; then, when transformers' cache has taken those in, whatever kind
+of cache it is, the attention over what the cache returns, and all that follows.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fasticl import _C
+from fasticl.architectures import Block, Native, block_of
+from fasticl.nn import SparseLinear
+from fasticl.ops._registry import DTYPES
+
+MAX_TOKENS = 8  # at once: what reads a weight once
+_REMEMBERED = 8  # arguments that blocks share: models have up to two masks and two kinds of angles
+
+
+class Shared:
+    """What blocks make of the arguments that transformers hands to all of them, worked out by the first."""
+
+    def __init__(self) -> None:
+        self._made: dict[Any, tuple[Any, Any]] = {}
+
+    def __reduce__(self) -> tuple[type[Shared], tuple[()]]:
+        return Shared, ()
+
+    def of(self, given: Any, more: tuple[int, ...], make: Callable[[], Any]) -> Any:
+        """``make()``, or what it gave for the same object ``given`` and numbers ``more`` before."""
+        key = (id(given), *more)
+        if key not in self._made:
+            if len(self._made) == _REMEMBERED:
+                del self._made[next(iter(self._made))]
+            self._made[key] = given, make()  # held, so that no other object gets its id
+        return self._made[key][1]
+
+
+def _angles(given: tuple[Tensor, Tensor] | None, M: int) -> tuple[Tensor, Tensor, Tensor]:
+    """cos and sin, float32 ``[M or 1, rotary / 2]``, and ``[2, M]`` each token's row there and its key's slot."""
+    if given is None:
+        return torch.empty(M, 0), torch.empty(M, 0), torch.zeros(2, M, dtype=torch.long)
+    cos, sin = (x[:, -1, : x.shape[-1] // 2].float().contiguous() for x in given)
+    places = torch.zeros(2, M, dtype=torch.long)
+    if len(cos) == M:
+        places[0] = torch.arange(M)
+    return cos, sin, places
+
+
+def _seen(mask: Tensor, M: int) -> Tensor | None:
+    """``[2, M]``, the positions from which and to which each token attends; None if ``mask`` has holes."""
+    if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[0] not in (1, M):
+        return None
+    allowed = mask[:, 0, -1].expand(M, -1).to(torch.uint8)
+    begins, counts = allowed.argmax(1), allowed.sum(1)
+    ends = allowed.shape[1] - allowed.flip(1).argmax(1)
+    return torch.stack([begins, ends]) if bool(((ends - begins == counts) & (counts > 0)).all()) else None
+
+
+class FusedBlock:
+    """Mixed into the class of a block: a ``forward`` in C++ for one token each of a few sequences.
+
+    Whatever it does not know (prompts, gradients, hooks, another attention than "sdpa", masks with holes, compiling)
+    goes the way of the class itself.
+    """
+
+    most_tokens: int
+    shared: Shared
+    _native: _NativeBlock | None = None
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and len(hidden_states) <= self.most_tokens:
+            if self._native is None:
+                self._native = _NativeBlock(self)
+            out = self._native(hidden_states, args, kwargs, self.shared)
+            if out is not None:
+                return out
+        return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state = {name: value for name, value in self.__dict__.items() if name != "_native"}
+        return _empty, (_plain_class(self),), state
+
+
+@cache
+def _fused_class(plain: Any) -> Any:
+    return type(
+        plain.__name__, (FusedBlock, plain), {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
+    )
+
+
+def _plain_class(layer: Any) -> Any:
+    return type(layer).__mro__[2] if isinstance(layer, FusedBlock) else type(layer)
+
+
+def _empty(plain: Any) -> Any:
+    made = _fused_class(plain)
+    return made.__new__(made)
+
+
+def fuse(layer: nn.Module, most_tokens: int, shared: Shared) -> None:
+    """Lets a block run in C++ for up to so many tokens at once; ``shared`` is one for all blocks of a model.
+
+    Its class changes, to a subclass of the same name; its modules, parameters and their names stay.
+    """
+    if not isinstance(layer, FusedBlock):
+        layer.__class__ = _fused_class(_plain_class(layer))
+    layer.most_tokens, layer.shared, layer._native = most_tokens, shared, None  # type: ignore[assignment]
+
+
+def unfuse(layer: nn.Module) -> None:
+    """Takes :func:`fuse` back."""
+    if isinstance(layer, FusedBlock):
+        layer.__class__ = _plain_class(layer)
+        for name in ("most_tokens", "shared", "_native"):
+            layer.__dict__.pop(name, None)
+
+
+class _NativeBlock:
+    """The C++ twin of a block; remade when a tensor or a module of the block is another one, or has changed."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+        self._names = tuple(inspect.signature(_plain_class(layer).forward).parameters)[2:]
+        self._watched: list[tuple[dict[str, Any], str, int, int]] = []
+        self._made: tuple[Block, Any, Native] | None = None
+
+    def __call__(self, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any], shared: Shared) -> Tensor | None:
+        """What the block computes, ``[M, 1, D]``; None if it must go its own way."""
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        past = given.get("past_key_values", given.get("layer_past"))
+        mask, M = given.get("attention_mask"), len(x)
+        if (
+            past is None
+            or x.shape[1] != 1
+            or x.device.type != "cpu"
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cpu")
+            or self._layer.training
+            or given.get("encoder_hidden_states") is not None
+            or hasattr(past, "is_updated")  # the cache of an encoder too
+        ):
+            return None
+        angles = given.get("position_embeddings")
+        cos, sin, places = shared.of(angles, (M,), partial(_angles, angles, M))
+        if not self._watched or any(_now(*at[:2]) != at[2:] for at in self._watched):
+            self._make(x.dtype, 2 * cos.shape[1])
+        if self._made is None or x.dtype != self._dtype or any(self._hooks):
+            return None
+        block, native, _ = self._made
+        if block.attention.config._attn_implementation != "sdpa":
+            return None
+        seen = None if mask is None else shared.of(mask, (M,), partial(_seen, mask, M))
+        if mask is not None and seen is None:
+            return None
+
+        threads, x = torch.get_num_threads(), x.contiguous()
+        outputs = torch.empty(native.output_floats(M))
+        new = torch.empty(2, M, block.groups, 1, block.head_dim, dtype=x.dtype)
+        native.start(
+            x.data_ptr(), M, cos.data_ptr(), sin.data_ptr(), places.data_ptr(), outputs.data_ptr(), *map(_rows, new),
+            threads,
+        )  # fmt: skip
+        keys, values = past.update(*new, block.attention.layer_idx)
+        if seen is None:
+            length = keys.shape[2]
+            seen = shared.of(None, (M, length), lambda: torch.tensor([[0] * M, [length] * M]))
+        elif mask is not None and mask.shape[-1] != keys.shape[2]:
+            raise ValueError(f"attention_mask: expected {keys.shape[2]} positions, as cached, got {mask.shape[-1]}")
+        keys, values = (
+            states.to(x.dtype).contiguous() if not _lies(states, x) else states for states in (keys, values)
+        )
+        out = torch.empty_like(x)
+        native.finish(
+            x.data_ptr(), M, outputs.data_ptr(), _rows(keys), _rows(values), seen.data_ptr(), seen[1].data_ptr(),
+            out.data_ptr(), threads,
+        )  # fmt: skip
+        return out
+
+    def _make(self, dtype: torch.dtype, rotary: int) -> None:
+        modules = list(self._layer.modules())
+        held = [(vars(m)[kind], name) for m in modules for kind in _KINDS for name in vars(m)[kind]]
+        self._watched = [(*at, *_now(*at)) for at in held]
+        self._hooks = [hooks for m in modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._dtype, self._made = dtype, None
+        if any(isinstance(m, SparseLinear) and m.format == "compact" for m in modules):
+            return  # C++ has no kernel for it
+        native = Native()
+        try:
+            block = block_of(self._layer)
+            own = native.block(block, rotary, window=0, cos=0, sin=0, keys=(0, 0, 0), cached_values=(0, 0, 0))
+        except (AttributeError, KeyError, TypeError, ValueError):  # a layer is not what its architecture has there
+            return
+        if dtype in DTYPES and not any("forward" in vars(m) for m in modules):
+            D = own["out"]["N"]
+            self._made = block, _C.Decoder(D, block.head_dim, DTYPES[dtype], [own], None, None), native
+
+
+_KINDS = ("_parameters", "_buffers", "_modules")
+
+
+def _now(held: dict[str, Any], name: str) -> tuple[int, int]:
+    """What ``held`` has there: which module; or which memory, and how often it was written to."""
+    found = held.get(name)
+    if not isinstance(found, Tensor):
+        return id(found), 0
+    return found.data_ptr(), 0 if found.is_inference() else found._version
+
+
+def _lies(states: Tensor, x: Tensor) -> bool:
+    return states.dtype == x.dtype and states.stride()[2:] == (states.shape[3], 1)
+
+
+def _rows(states: Tensor) -> tuple[int, int, int]:
+    return states.data_ptr(), states.stride(0), states.stride(1)
+
+
+class _Cached:
+    """In place of transformers' cache: always the same past, and the new keys and values behind it."""
+
+    def __init__(self, past: Tensor) -> None:
+        self._past = past
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *more: Any) -> tuple[Tensor, Tensor]:
+        old_keys, old_values = self._past
+        return torch.cat([old_keys, keys], 2), torch.cat([old_values, values], 2)
+
+
+def ways(
+    model: Any, layer: nn.Module, tokens: int, past: int = 64
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """A fused block of ``model`` by its modules, and in C++: of one random token each of so many sequences.
+
+    Raises:
+        AttributeError, TypeError, ValueError: its architecture is not known.
+    """
+    block = block_of(layer)
+    like = next(layer.parameters())
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, 1, block.attention.config.hidden_size, generator=generator).to(like)
+    states = torch.randn(2, tokens, block.groups, past, block.head_dim, generator=generator).to(like)
+    forward = _plain_class(layer).forward
+    given: dict[str, Any] = {"attention_mask": None}
+    given["layer_past" if "layer_past" in inspect.signature(forward).parameters else "past_key_values"] = _Cached(
+        states
+    )
+    if (rotary := getattr(model.get_decoder(), "rotary_emb", None)) is not None:
+        extra = () if block.layer_type is None else (block.layer_type,)
+        given["position_embeddings"] = rotary(x, torch.full((tokens, 1), past), *extra)
+    return partial(forward, layer, x, **given), partial(layer.forward, x, **given)
+
+
+def runs_native(layer: nn.Module) -> bool:
+    """Whether the last call of a fused block found it to be what its architecture has there."""
+    native = getattr(layer, "_native", None)
+    return native is not None and native._made is not None

@@ -1,0 +1,296 @@
+"""Blocks in C++ under transformers' generate: the model's own logits behind any cache, or by its own modules."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_decoder import MODELS, error, exact_logits, make, prune
+from torch import Tensor, nn
+
+import fasticl
+from fasticl import blocks
+from fasticl.nn import SparseLinear
+
+transformers = pytest.importorskip("transformers", minversion="5")
+
+pytestmark = pytest.mark.filterwarnings("ignore:Magnitude:UserWarning")
+
+
+class Calls(list[bool]):
+    """Of each call of a fused block, whether C++ computed it."""
+
+
+@pytest.fixture(autouse=True)
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
+    monkeypatch.setattr(importlib.import_module("fasticl.convert"), "SECONDS", 1e-4)
+    made, call = Calls(), blocks._NativeBlock.__call__
+
+    def counted(self: Any, *args: Any) -> Tensor | None:
+        out = call(self, *args)
+        made.append(out is not None)
+        return out
+
+    monkeypatch.setattr(blocks._NativeBlock, "__call__", counted)
+    return made
+
+
+def fused(model: Any, tokens: tuple[int, ...] = (1, 3)) -> Any:
+    """A converted copy, whose blocks are fused however long that takes."""
+    report = fasticl.convert(copy.deepcopy(model), min_speedup=0, tokens=tokens)
+    assert len(report.fused_blocks) == 3, report
+    return report.model
+
+
+def generated(model: Any, tokens: Tensor, count: int = 6, **options: Any) -> Any:
+    return model.generate(
+        tokens, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0, eos_token_id=94,
+        output_logits=True, return_dict_in_generate=True, **options,
+    )  # fmt: skip
+
+
+def assert_alike(found: Any, expected: Any, tolerance: float = 1e-5) -> None:
+    assert torch.equal(found.sequences, expected.sequences)
+    for ours, theirs in zip(found.logits, expected.logits, strict=True):
+        assert error(ours, theirs.double()) < tolerance
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate_is_the_models(name: str, cache: str, calls: Calls) -> None:
+    model, tokens = make(name), torch.randint(1, 94, (1, 7))
+    model_fused = fused(model)
+    options = {} if cache == "dynamic" else {"cache_implementation": "static"}
+    calls.clear()
+    assert_alike(generated(model_fused, tokens, **options), generated(model, tokens, **options))
+    # All tokens but the prompt's, in all blocks; a static cache with a window says little before it is full.
+    assert sum(calls) >= (4 if name == "mistral" else 5) * 3
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "opt", "phi"])
+def test_a_padded_batch(name: str, calls: Calls, isa: str) -> None:
+    model, tokens = make(name), torch.randint(1, 94, (3, 7))
+    mask = torch.ones_like(tokens)
+    mask[0, :4] = mask[2, :1] = 0
+    model_fused = fused(model)
+    calls.clear()
+    assert_alike(generated(model_fused, tokens, attention_mask=mask), generated(model, tokens, attention_mask=mask))
+    assert sum(calls) == 5 * 3
+
+
+def test_more_sequences_than_were_timed_go_through_the_modules(calls: Calls) -> None:
+    model, tokens = make(), torch.randint(1, 94, (2, 7))
+    model_fused = fused(model, (1,))
+    calls.clear()
+    assert_alike(generated(model_fused, tokens), generated(model, tokens))
+    assert not calls
+
+
+def test_beams(calls: Calls) -> None:
+    """Which the cache reorders between the steps."""
+    model, tokens = make(), torch.randint(1, 94, (1, 7))
+    model_fused = fused(model)
+    calls.clear()
+    found, expected = (m.generate(tokens, num_beams=3, max_new_tokens=6, pad_token_id=0) for m in (model_fused, model))
+    assert torch.equal(found, expected)
+    assert any(calls)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("values", [None, "int8"])
+def test_packed_blocks(name: str, values: str | None, calls: Calls) -> None:
+    model = prune(make(name))
+    report = fasticl.convert(copy.deepcopy(model), values=values, min_speedup=0)
+    assert len(report.fused_blocks) == 3, report
+    converted = report.model
+    assert any(isinstance(module, SparseLinear) for module in converted.modules())
+    by_modules = copy.deepcopy(converted)
+    for layer in by_modules.modules():
+        blocks.unfuse(layer)
+    tokens = torch.randint(1, 94, (1, 7))
+    calls.clear()
+    assert_alike(generated(converted, tokens), generated(by_modules, tokens), 1e-4)
+    assert sum(calls) == 5 * 3
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.05), (torch.float16, 0.005)])
+def test_half_precision(dtype: torch.dtype, tolerance: float, calls: Calls) -> None:
+    model, tokens = make("llama", dtype), torch.randint(95, (12,))
+    expected = exact_logits(model, tokens)[-1]
+    with torch.no_grad():
+        rounded = model(input_ids=tokens[None]).logits[0, -1]
+        model_fused = fused(model)
+        past = model_fused(input_ids=tokens[None, :-1], use_cache=True).past_key_values
+        calls.clear()
+        found = model_fused(input_ids=tokens[None, -1:], past_key_values=past).logits[0, -1]
+    assert all(calls)
+    assert error(found, expected) < max(tolerance / 10, 2 * error(rounded, expected))
+    assert error(found, expected) < tolerance
+
+
+def decoded(model: Any, tokens: Tensor, **options: Any) -> Tensor:
+    """Logits after the last token, which comes after the others by itself."""
+    past = model(input_ids=tokens[:, :-1], use_cache=True).past_key_values
+    logits: Tensor = model(input_ids=tokens[:, -1:], past_key_values=past, **options).logits[:, -1]
+    return logits
+
+
+def test_what_a_mask_leaves_out_in_the_middle(calls: Calls) -> None:
+    model, tokens = make(), torch.randint(1, 94, (1, 7))
+    model_fused = fused(model)
+    mask = torch.tensor([[1, 1, 0, 1, 1, 1, 1]])
+    calls.clear()
+    with torch.no_grad():
+        found, expected = (decoded(m, tokens, attention_mask=mask) for m in (model_fused, model))
+    assert error(found, expected.double()) < 1e-5
+    assert calls
+    assert not any(calls)
+
+
+@pytest.mark.parametrize("change", ["weight", "norm", "load", "module", "double"])
+def test_a_changed_block_computes_what_it_has_become(change: str, calls: Calls) -> None:
+    model, tokens = make(), torch.randint(1, 94, (1, 7))
+    model_fused, other = fused(model), make()
+    with torch.no_grad():
+        decoded(model_fused, tokens)
+        for each in (model, model_fused):
+            layer = each.model.layers[1]
+            if change == "weight":
+                layer.mlp.up_proj.weight.mul_(2)
+            elif change == "norm":
+                layer.input_layernorm.weight.data = torch.full_like(layer.input_layernorm.weight, 3)
+            elif change == "load":
+                each.load_state_dict(other.state_dict())
+            elif change == "module":
+                layer.self_attn.k_proj = copy.deepcopy(other.model.layers[0].self_attn.k_proj)
+            else:
+                each.double()
+        calls.clear()
+        found, expected = (decoded(m, tokens) for m in (model_fused, model))
+    assert error(found, expected.double()) < 1e-5
+    assert all(call == (change != "double") for call in calls[-3:])  # float64 has no kernel
+
+
+def test_gradients_hooks_and_training_go_their_own_way(calls: Calls) -> None:
+    model, tokens = make(), torch.randint(1, 94, (1, 7))
+    model_fused = fused(model)
+    calls.clear()
+    decoded(model_fused, tokens).sum().backward()
+    assert not any(calls)
+    assert torch.count_nonzero(model_fused.model.layers[0].mlp.up_proj.weight.grad)
+    seen: list[int] = []
+    handle = model_fused.model.layers[1].mlp.register_forward_hook(lambda *args: seen.append(1))
+    with torch.no_grad():
+        calls.clear()
+        decoded(model_fused, tokens)
+        assert len(seen) == 2
+        assert calls[-3:] == [True, False, True]
+        handle.remove()
+        model_fused.train()
+        calls.clear()
+        decoded(model_fused, tokens)
+    assert not any(calls)
+
+
+def test_eager_attention_returns_attentions(calls: Calls) -> None:
+    model, tokens = make(), torch.randint(1, 94, (1, 7))
+    model_fused = fused(model)
+    for each in (model, model_fused):
+        each.set_attn_implementation("eager")
+    calls.clear()
+    found, expected = (generated(m, tokens, output_attentions=True) for m in (model_fused, model))
+    assert not any(calls)
+    torch.testing.assert_close(found.attentions[-1][0], expected.attentions[-1][0])
+
+
+def test_hidden_states(calls: Calls) -> None:
+    model, tokens = make(), torch.randint(1, 94, (1, 7))
+    model_fused = fused(model)
+    found, expected = (generated(m, tokens, output_hidden_states=True).hidden_states[-1] for m in (model_fused, model))
+    assert len(found) == len(expected) == 4
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_fused_too_and_apart(copied: Any, calls: Calls) -> None:
+    model, tokens = make(), torch.randint(1, 94, (1, 7))
+    model_fused = fused(model)
+    expected = generated(model_fused, tokens)
+    other = copied(model_fused)
+    with torch.no_grad():
+        for parameter in model_fused.parameters():
+            parameter.zero_()
+    calls.clear()
+    assert_alike(generated(other, tokens), expected)
+    assert sum(calls) == 5 * 3
+
+
+def test_names_and_files_stay(tmp_path: Path) -> None:
+    model, tokens = make(), torch.randint(1, 94, (1, 7))
+    model_fused = fused(model)
+    assert model_fused.state_dict().keys() == model.state_dict().keys()
+    assert isinstance(model_fused.model.layers[0], type(model.model.layers[0]))
+    assert type(model_fused.model.layers[0]).__name__ == "LlamaDecoderLayer"
+    model_fused.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert_alike(generated(loaded, tokens), generated(model_fused, tokens))
+
+
+def test_torch_compile(calls: Calls) -> None:
+    model, tokens = make(), torch.randint(1, 94, (1, 7))
+    model_fused = fused(model)
+    compiled = torch.compile(model_fused, backend="eager")
+    with torch.no_grad():
+        calls.clear()
+        found = decoded(compiled, tokens)
+        assert not any(calls)
+        assert error(found, decoded(model, tokens).double()) < 1e-5
+
+
+def test_decisions() -> None:
+    model = make()
+    report = fasticl.convert(model, min_speedup=1e9, tokens=(1, 128))
+    assert not report.fused_blocks
+    assert "decoder_block would be" in report.blocks[0].reason
+    assert not any(isinstance(layer, blocks.FusedBlock) for layer in model.modules())
+    report = fasticl.convert(model, min_speedup=0)
+    assert report.fused_blocks == [f"model.layers.{i}" for i in range(3)]
+    assert report.blocks[0].ms_dense.keys() == {1}
+    assert "3 of 3 blocks decode in C++" in str(report)
+    assert not fasticl.convert(model, tokens=(128,)).blocks
+    assert not fasticl.convert(nn.Sequential(nn.Linear(4, 4)).eval()).blocks
+    assert "training" in fasticl.convert(make().train(), min_speedup=0).blocks[0].reason
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Adapter(nn.Module):
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.base = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x[..., :1]
+
+
+@pytest.mark.parametrize("kind", ["adapter", "subclass"])
+def test_blocks_that_compute_something_else_stay(kind: str) -> None:
+    model = make()
+    up = model.model.layers[2].mlp.up_proj
+    if kind == "adapter":
+        model.model.layers[2].mlp.up_proj = Adapter(up)
+    else:
+        up.__class__ = Doubled
+    report = fasticl.convert(model, min_speedup=0)
+    assert not report.fused_blocks
+    assert "model.layers.2" in report.blocks[0].reason
