@@ -393,7 +393,9 @@ def _block_decision(name: str, block: Block, kernel: str, reason: str, **ms: Any
     total = sum(w.numel() for w in weights)
     zeros = total - sum(int(w.count_nonzero()) for w in weights)
     D = block.attention.config.hidden_size
-    return LayerDecision(name, (D, D), next(block.module.parameters()).dtype, zeros / max(1, total), "block", kernel, reason, **ms)
+    return LayerDecision(
+        name, (D, D), next(block.module.parameters()).dtype, zeros / max(1, total), "block", kernel, reason, **ms
+    )
 
 
 def _mlp_decision(name: str, mlp: MLP | SparseMLP, kernel: str, reason: str) -> LayerDecision:

@@ -250,6 +250,76 @@ def test_a_seed_gives_the_same_text() -> None:
     assert draw(1) != draw(2)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_sequences_together_are_each_by_itself(name: str, isa: str) -> None:
+    """Of any lengths, in any order, with what lies elsewhere in the cache not read."""
+    model, prompts = make(name), [torch.randint(95, (n,)) for n in (3, 9, 1)]
+    tokens = torch.randint(95, (4, 3))
+    together = Decoder(model, length=14, sequences=3)
+    together._cache.fill_(torch.nan)
+    for i in (2, 0, 1):
+        together.prefill(prompts[i], sequence=i)
+    for row in tokens:
+        together._logits.fill_(torch.nan)
+        found = together.step(row.tolist())
+        for i, prompt in enumerate(prompts):
+            prompts[i] = torch.cat([prompt, row[i : i + 1]])
+    for i, whole in enumerate(prompts):
+        assert error(found[i], exact_logits(model, whole)[-1]) < 1e-5
+        assert together.positions[i] == len(whole)
+
+
+@pytest.mark.parametrize("values", [None, "int8"])
+def test_many_packed_sequences_together(values: str | None, isa: str) -> None:
+    model, prompts = prune(make()), torch.randint(95, (11, 5))
+    converted = fasticl.convert(model, values=values, min_speedup=0).model
+    together, alone = Decoder(converted, sequences=11), Decoder(converted)
+    for i, prompt in enumerate(prompts):
+        together.prefill(prompt[:4], sequence=i)
+    found = together.step(prompts[:, 4].tolist())
+    for logits, prompt in zip(found, prompts, strict=True):
+        alone.prefill(prompt[:4])
+        assert error(logits, alone.step(int(prompt[4])).double()) < 1e-5
+
+
+def test_a_batch_of_texts_is_each_text() -> None:
+    model = make()
+    prompts = [torch.randint(95, (n,)).tolist() for n in (3, 9, 1, 5, 2)]
+    one = Decoder(model, length=16)
+    stop = [list(one.generate(prompts[3], max_new_tokens=2, stop=[]))[1]]
+    expected = [list(one.generate(prompt, max_new_tokens=8, stop=stop)) for prompt in prompts]
+    assert len({len(text) for text in expected}) > 1
+    for sequences in (1, 2, 5):
+        several = Decoder(model, length=16, sequences=sequences)
+        assert several.generate_batch(prompts, max_new_tokens=8, stop=stop) == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt2", "opt"])
+def test_a_prompt_appended(name: str) -> None:
+    model, tokens = make(name), torch.randint(95, (16,))
+    expected = exact_logits(model, tokens)
+    decoder = Decoder(model, sequences=2)
+    decoder.prefill(tokens[:7], sequence=1)
+    assert error(decoder.prefill(tokens[7:9], sequence=1, append=True), expected[8]) < 1e-5
+    decoder.prefill(tokens[:3])
+    decoder.step(int(tokens[3]))
+    assert error(decoder.prefill(tokens[4:10], append=True), expected[9]) < 1e-5
+    for i in range(10, 16):
+        assert error(decoder.step(int(tokens[i])), expected[i]) < 1e-5
+
+
+@pytest.mark.parametrize("turns", [2, 1])
+def test_a_conversation_goes_on_behind_what_was_generated(turns: int) -> None:
+    model, first, second = make(), torch.randint(95, (6,)).tolist(), torch.randint(95, (4,)).tolist()
+    decoder = Decoder(model)
+    said = list(decoder.generate(first, max_new_tokens=3, stop=[]))
+    found = list(decoder.generate(second, max_new_tokens=3, stop=[], append=True))
+    assert found == list(Decoder(model).generate([*first, *said, *second], max_new_tokens=3, stop=[]))
+    if turns == 1:  # a new prompt forgets
+        found = list(decoder.generate(first, max_new_tokens=3, stop=[]))
+        assert found == said
+
+
 @pytest.fixture
 def decoder() -> Decoder:
     return Decoder(make(), length=8)
@@ -267,6 +337,15 @@ def test_bad_arguments_are_refused(decoder: Decoder) -> None:
     decoder.prefill([1] * 8)
     with pytest.raises(ValueError, match=r"position: expected less than 8 \(length\), got 8"):
         decoder.step(1)
+    with pytest.raises(ValueError, match=r"tokens: expected 1 to 0 \(length\) behind the 8 read, got 1"):
+        decoder.prefill([1], append=True)
+    with pytest.raises(ValueError, match=r"sequence: expected 0 to 0, got 1"):
+        decoder.prefill([1], sequence=1)
+    for several in ([1, 1], []):
+        with pytest.raises(ValueError, match=r"token: expected 1 to 1 \(sequences\), got"):
+            decoder.step(several)
+    with pytest.raises(ValueError, match=r"sequences: expected at least 1, got 0"):
+        Decoder(make(), sequences=0)
     for wrong, message in (
         ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
         ({"temperature": -1.0}, "temperature: expected 0 or more, got -1"),
@@ -276,6 +355,8 @@ def test_bad_arguments_are_refused(decoder: Decoder) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             decoder.generate([1], **{"max_new_tokens": 4, **wrong})
+        with pytest.raises(ValueError, match=message):
+            decoder.generate_batch([[1]], **{"max_new_tokens": 4, **wrong})
 
 
 def test_models_that_it_cannot_run_are_refused() -> None:
