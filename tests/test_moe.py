@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 import fasticl
+from fasticl.cli import app
 from fasticl.prune import Magnitude, NeuronActivation, RouterNorm, SparseGPT, Wanda, sparsify_
 
 transformers = pytest.importorskip("transformers", minversion="5")
@@ -296,3 +298,71 @@ def test_neurons_of_shared_experts_alone_can_go() -> None:
         "model.layers.1.mlp",
         "model.layers.2.mlp.shared_expert",
     }
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models")
+    before, after = pair("mixtral")
+    before.save_pretrained(path / "before")
+    after.save_pretrained(path / "after")
+    llama().save_pretrained(path / "llama")
+    return path
+
+
+def prune(*arguments: object) -> Any:
+    return CliRunner().invoke(app, ["prune", *map(str, arguments)])
+
+
+def test_cli(folders: Path, tmp_path: Path) -> None:
+    method = ("--method", "router-norm", "--sparsity", "0.25", "--pretrained", folders / "before")
+    result = prune(folders / "after", tmp_path / "out", *method)
+    assert result.exit_code == 0, result.stderr
+    assert "model.layers.2.mlp.experts  8x2304    0.0%  25.0%  expert   RouterNorm" in result.stdout
+    assert "25.0% of the experts' weights of 3 layers are gone from" in result.stdout
+    as_json = prune(folders / "after", tmp_path / "json", *method, "--json")
+    before, after, out = (
+        transformers.AutoModelForCausalLM.from_pretrained(path)
+        for path in (folders / "before", folders / "after", tmp_path / "out")
+    )
+    found = json.loads(as_json.stdout)
+    assert found["sparsity"] == 0.25
+    assert [tuple(layer["removed"]) for layer in found["layers"]] == expected_removals(before, after, 2)
+    sparsify_(after, RouterNorm(0.25, before))
+    x = torch.randint(61, (2, 9))
+    with torch.no_grad():
+        assert torch.equal(out(x).logits, after(x).logits)
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "code", "message"),
+    [
+        ("after", ("router-norm", "0.25"), 2, "expected a model's folder with router-norm"),
+        ("after", ("magnitude", "0.25", "--pretrained", "before"), 2, "expected no folder with magnitude"),
+        ("after", ("router-norm", "0.25", "--pretrained", "before", "--pattern", "neuron"), 2, "got neuron"),
+        ("after", ("router-norm", "0.25", "--pretrained", "nowhere"), 2, "does not exist"),
+        ("after", ("router-norm", "0.25", "--pretrained", "after"), 1, "expected a router that fine-tuning changed"),
+        ("after", ("router-norm", "0.7", "--pretrained", "before"), 1, "expected at least 3 experts to stay"),
+        ("after", ("router-norm", "0.25", "--pretrained", "."), 1, "model.safetensors: expected a whole safetensors"),
+        ("llama", ("router-norm", "0.25", "--pretrained", "before"), 1, "got LlamaForCausalLM of type llama"),
+    ],
+)
+def test_cli_errors(
+    folders: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+    arguments: tuple[str, ...],
+    code: int,
+    message: str,
+) -> None:
+    monkeypatch.chdir(folders)
+    monkeypatch.setenv("COLUMNS", "300")
+    method, sparsity, *rest = arguments
+    result = prune(model, tmp_path / "out", "--method", method, "--sparsity", sparsity, *rest)
+    assert result.exit_code == code, result.output
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists()
