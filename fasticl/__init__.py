@@ -13,7 +13,7 @@ from fasticl.convert import ConversionReport, convert, explain
 from fasticl.decoder import Decoder
 from fasticl.formats import PackedWeight, pack
 from fasticl.ops import implementations
-from fasticl.prune import Magnitude, NeuronActivation, SparseGPT, Wanda, sparsify_
+from fasticl.prune import Magnitude, NeuronActivation, RouterNorm, SparseGPT, Wanda, sparsify_
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Magnitude",
     "NeuronActivation",
     "PackedWeight",
+    "RouterNorm",
     "SparseGPT",
     "Wanda",
     "__version__",

@@ -30,7 +30,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stderr
 from importlib.abc import MetaPathFinder
 from io import StringIO
@@ -484,6 +484,23 @@ def read_header(files: Iterable[str | os.PathLike[str]]) -> Header:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path.name}: expected a whole safetensors file, got {error}") from error
     return header
+
+
+def read_tensors(folder: str | os.PathLike[str], accept: Callable[[str], bool]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint whose names ``accept`` lets pass; no other is read.
+
+    Raises:
+        ValueError: as of :func:`read_header`.
+    """
+    from safetensors import safe_open
+
+    found: dict[str, Tensor] = {}
+    files = _weight_files(Path(folder))
+    names = [name for name in read_header(files) if accept(name)]
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            found |= {name: file.get_tensor(name) for name in set(names) & set(file.keys())}
+    return found
 
 
 def foreign_layout(config: Mapping[str, Any]) -> str | None:

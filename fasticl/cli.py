@@ -66,6 +66,7 @@ class Method(str, Enum):
     wanda = "wanda"
     sparsegpt = "sparsegpt"
     neurons = "neurons"
+    router_norm = "router-norm"
 
 
 class Allocation(str, Enum):
@@ -328,16 +329,26 @@ def convert(
 @app.command()
 def prune(
     model: Annotated[Path, typer.Argument(metavar="IN", help="Folder of a Hugging Face model.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the model with zeros.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the pruned model.")],
     method: Annotated[
-        Method, typer.Option(help="The score: weights' size, Wanda's, SparseGPT's, or neurons by their activations.")
+        Method,
+        typer.Option(
+            help="The score: weights' size, Wanda's, SparseGPT's, neurons by their activations, or experts by how "
+            "fine-tuning changed the norms of their router vectors."
+        ),
     ],
     sparsity: Annotated[float, typer.Option(min=0, max=1, help="Fraction to remove, below 1; 2:4 and its kin: 0.5.")],
     pattern: Annotated[
         Pattern | None, typer.Option(help="What goes together; default: unstructured, or neuron for neurons.")
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="Text file that all but magnitude look at the model with.")
+        Path | None, typer.Option(help="Text file that all but magnitude and router-norm look at the model with.")
+    ] = None,
+    pretrained: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, file_okay=False, help="Folder of the model that fine-tuning began with; for router-norm alone."
+        ),
     ] = None,
     allocation: Annotated[
         Allocation, typer.Option(help="sensitivity: wanda and sparsegpt take less of blocks that the model needs more.")
@@ -348,15 +359,18 @@ def prune(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Set the least important weights of a model folder to zero, and save it; convert then makes it faster."""
+    """Set the least important weights of a model folder to zero, or remove experts, and save it.
+
+    convert then makes it faster; without some of its experts it is smaller as it is.
+    """
     import fasticl
     from fasticl import checkpoint, evaluate
     from fasticl.stages import Stages
 
-    if method != Method.magnitude and calibration is None:
+    if method not in (Method.magnitude, Method.router_norm) and calibration is None:
         raise typer.BadParameter(f"expected a text file with {method.value}", param_hint="--calibration")
     with _reported(), Stages(Console(stderr=True)) as stages:
-        config = _config(method, sparsity, pattern, allocation)
+        config = _config(method, sparsity, pattern, allocation, pretrained)
         _check_free(out)
         text = None if calibration is None else calibration.read_text(encoding="utf-8")
         with stages.stage(f"load {model}"):
@@ -375,7 +389,8 @@ def prune(
     if as_json:
         _print_json({"sparsity": report.total, "layers": [asdict(layer) for layer in report.layers]})
     else:
-        typer.echo(f"{report}\n{report.total:.1%} of the weights of {len(report.layers)} layers are zero in {out}")
+        what = "experts' weights of {} layers are gone from" if pretrained else "weights of {} layers are zero in"
+        typer.echo(f"{report}\n{report.total:.1%} of the {what.format(len(report.layers))} {out}")
 
 
 def _blocks(model: Any) -> list[Any]:
@@ -384,13 +399,22 @@ def _blocks(model: Any) -> list[Any]:
     return find_blocks(model, find_layers(model, default_filter(model)))
 
 
-def _config(method: Method, sparsity: float, pattern: Pattern | None, allocation: Allocation) -> Any:
+def _config(
+    method: Method, sparsity: float, pattern: Pattern | None, allocation: Allocation, pretrained: Path | None
+) -> Any:
     import fasticl
 
     if allocation != Allocation.uniform and method not in (Method.wanda, Method.sparsegpt):
         raise typer.BadParameter(
             f"expected uniform with {method.value}, got {allocation.value}", param_hint="--allocation"
         )
+    if (pretrained is not None) != (method == Method.router_norm):
+        expected = "a model's folder" if pretrained is None else "no folder"
+        raise typer.BadParameter(f"expected {expected} with {method.value}", param_hint="--pretrained")
+    if pretrained is not None:
+        if pattern is not None:
+            raise typer.BadParameter(f"expected none with router-norm, got {pattern.value}", param_hint="--pattern")
+        return fasticl.RouterNorm(sparsity, pretrained)
     if method == Method.neurons:
         if pattern not in (None, Pattern.neuron):
             raise typer.BadParameter(f"expected neuron with neurons, got {pattern.value}", param_hint="--pattern")

@@ -108,7 +108,9 @@ def split_by_block(blocks: Iterable[nn.Module], layers: Iterable[Layer]) -> tupl
 
 
 def default_filter(model: nn.Module) -> Filter:
-    """Accepts all but output embeddings and the ``out_proj`` of ``nn.MultiheadAttention``, which is never called."""
+    """Accepts all but output embeddings, the one-row gate of Qwen2-MoE's shared expert, and the ``out_proj`` of
+    ``nn.MultiheadAttention``, which is never called.
+    """
     output = set()  # parameters that embed tokens or score the vocabulary
     for module in model.modules():
         if isinstance(module, nn.Embedding):
@@ -119,7 +121,10 @@ def default_filter(model: nn.Module) -> Filter:
     def accept(module: nn.Module, name: str) -> bool:
         if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
             return False
-        return name.rpartition(".")[2] != "lm_head" and id(module._parameters.get("weight")) not in output
+        return (
+            name.rpartition(".")[2] not in ("lm_head", "shared_expert_gate")
+            and id(module._parameters.get("weight")) not in output
+        )
 
     return accept
 

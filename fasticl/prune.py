@@ -1,4 +1,4 @@
-"""Which weights go: ``sparsify_(model, config)`` sets the least important ones to zero, in place.
+"""Which weights go: ``sparsify_(model, config)`` sets the least important ones to zero, or removes experts, in place.
 
 A score says how much a weight (or a neuron, or a head) matters, a pattern says which sets of weights may go together:
 
@@ -10,17 +10,21 @@ config                score                                                     
 ``SparseGPT``         ``W_ij^2 / [H^-1]_jj``, H = XᵀX; what stays is moved to     unstructured, N:M
                       make up for what goes
 ``NeuronActivation``  ``mean|h_i| * ||W_down[:, i]||``                            neuron
+``RouterNorm``        ``||w_s|| - ||w_s before fine-tuning||``, w_s the router's  expert
+                      row of expert s
 ====================  ==========================================================  =================================
 
 Everywhere: N outputs, K inputs, ``W [N, K]`` (the ``[K, N]`` weight of GPT-2's Conv1D is read transposed). Of n scores
 exactly ``round(sparsity * n)`` go (half to even, as in :mod:`torch.nn.utils.prune`), whatever ties there are: of equal
 scores the earlier ones stay. Zeros score 0, so what was already pruned goes first. Shared weights are pruned once.
-:mod:`fasticl.layers` finds the layers, neurons and heads, :mod:`fasticl.reconstruct` is SparseGPT's arithmetic.
+:mod:`fasticl.layers` finds the layers, neurons and heads, :mod:`fasticl.experts` the experts, and
+:mod:`fasticl.reconstruct` is SparseGPT's arithmetic.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
@@ -33,6 +37,13 @@ from torch import Tensor, nn
 
 from fasticl.allocation import by_sensitivity
 from fasticl.calibration import input_means, run
+from fasticl.experts import (
+    find_moe_layers,
+    pretrained_routers,
+    remove_experts_,
+    router_norm_changes,
+    stacked_weights,
+)
 from fasticl.layers import (
     Filter,
     Group,
@@ -146,8 +157,40 @@ class NeuronActivation:
 
 
 @dataclass(frozen=True)
+class RouterNorm:
+    """Experts that fine-tuning left alone go, each with its router vector: the smallest ``||w_s|| - ||w_s before||``.
+
+    Chowdhury et al., "A Provably Effective Method for Pruning Experts in Fine-tuned Sparse Mixture-of-Experts", ICML
+    2024, arXiv 2405.16646. ``w_s`` is row s of a router's weight. The change of its norm has a sign: a vector that
+    shrank goes before one that stayed. Each MoE layer loses the same share. The weights are gone, not zero, and the
+    model's config says so, so that what ``save_pretrained`` writes loads wherever the model did. The paper's proof and
+    experiments are about vision models whose routers were fine-tuned; a router that was not ranks nothing, and is
+    refused.
+
+    Args:
+        sparsity: fraction of each MoE layer's experts to remove, in [0, 1); at least as many stay as the router picks.
+        pretrained: where fine-tuning began: the model, or its folder, of which only the routers are read.
+    """
+
+    sparsity: float
+    pretrained: nn.Module | str | os.PathLike[str]
+
+    def __post_init__(self) -> None:
+        _check_config(self.sparsity, "expert", ("expert",))
+        if not isinstance(self.pretrained, nn.Module | str | os.PathLike):
+            raise TypeError(
+                "expected pretrained to be the model that fine-tuning began with, or its folder, got "
+                f"{type(self.pretrained).__name__}"
+            )
+
+
+@dataclass(frozen=True)
 class LayerSparsity:
-    """One weight of a :class:`SparsityReport`; ``shape`` is (N outputs, K inputs)."""
+    """One weight of a :class:`SparsityReport`; ``shape`` is (N outputs, K inputs).
+
+    Of RouterNorm, a layer's experts, shape (E experts, weights in each); removed weights count as zeros, and
+    ``removed`` has the numbers that the removed experts had.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -155,6 +198,7 @@ class LayerSparsity:
     zeros_after: int
     pattern: str
     score: str
+    removed: tuple[int, ...] = ()
 
     @property
     def before(self) -> float:
@@ -198,13 +242,13 @@ class SparsityReport:
 
 def sparsify_(
     model: nn.Module,
-    config: Magnitude | Wanda | SparseGPT | NeuronActivation,
+    config: Magnitude | Wanda | SparseGPT | NeuronActivation | RouterNorm,
     calibration: Iterable[Any] | None = None,
     *,
     filter_fn: Filter | None = None,
     advance: Callable[[], None] | None = None,
 ) -> SparsityReport:
-    """Set the least important weights of ``model`` to zero, in place.
+    """Set the least important weights of ``model`` to zero, in place; RouterNorm removes experts.
 
     Nothing is changed unless every check passes, except that masks are folded first (:func:`fold_masks_`), and that
     SparseGPT, stopped by a layer that it cannot reconstruct, leaves the blocks before it pruned.
@@ -213,35 +257,52 @@ def sparsify_(
         model: any module. Layers are its ``nn.Linear`` and transformers ``Conv1D`` modules; neurons those of
             :func:`fasticl.layers.find_mlps`; heads those of attention modules with ``q_proj, k_proj, v_proj`` and
             ``o_proj`` or ``out_proj`` (Llama, OPT), ``c_attn`` and ``c_proj`` (GPT-2), ``query_key_value`` and
-            ``dense`` (GPT-NeoX).
-        config: :class:`Magnitude`, :class:`Wanda`, :class:`SparseGPT` or :class:`NeuronActivation`.
+            ``dense`` (GPT-NeoX); experts those of transformers' Mixtral, Qwen2-MoE, Qwen3-MoE and OLMoE.
+        config: :class:`Magnitude`, :class:`Wanda`, :class:`SparseGPT`, :class:`NeuronActivation` or
+            :class:`RouterNorm`.
         calibration: batches of model inputs, each a tensor (``model(x)``), a tuple or list (``model(*x)``) or a mapping
-            (``model(**x)``), already on the model's device. Unused by Magnitude, needed by all others.
+            (``model(**x)``), already on the model's device. Unused by Magnitude and RouterNorm, needed by all others.
         filter_fn: ``(module, name) -> bool``, which layers may be pruned; a neuron or head goes only where it accepts
             all of the MLP's or attention's layers. Default: all but output embeddings (``lm_head``, and whatever shares
-            the weight of an ``nn.Embedding``) and the ``out_proj`` of ``nn.MultiheadAttention``, which is never called.
+            the weight of an ``nn.Embedding``), the gate of a shared expert, and the ``out_proj`` of
+            ``nn.MultiheadAttention``, which is never called. None with RouterNorm, whose layers stay of one size.
         advance: called after each decoder block that SparseGPT has pruned.
 
     Returns:
-        The zeros before and after, one row a pruned weight.
+        The zeros before and after, one row a pruned weight, or of RouterNorm an MoE layer.
 
     Warns:
-        UserWarning: for ``Magnitude(pattern="neuron")`` on gated MLPs.
+        UserWarning: for ``Magnitude(pattern="neuron")`` on gated MLPs, and where a layer's experts are one parameter
+            ``[E, N, K]``, not linears: all but RouterNorm leave them dense.
 
     Raises:
         TypeError: for a model, config, batch or weight dtype that is not one of the above.
         ValueError: if no layer fits, a weight or a layer input is not finite, K is not a multiple of m, calibration is
             missing or does not reach a layer, SparseGPT's damping is too small for its tokens, there are no blocks to
-            allocate sparsity to, or an attention's heads cannot be determined.
+            allocate sparsity to, or an attention's heads cannot be determined; with RouterNorm, if the model's experts
+            are not of a known layout, ``pretrained`` does not fit or has the same routers, or too few experts stay.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(config, Magnitude | Wanda | SparseGPT | NeuronActivation):
+    if not isinstance(config, Magnitude | Wanda | SparseGPT | NeuronActivation | RouterNorm):
         raise TypeError(
-            f"expected config to be Magnitude, Wanda, SparseGPT or NeuronActivation, got {type(config).__name__}"
+            "expected config to be Magnitude, Wanda, SparseGPT, NeuronActivation or RouterNorm, got "
+            f"{type(config).__name__}"
         )
+    if isinstance(config, RouterNorm):
+        if filter_fn is not None:
+            raise ValueError("expected filter_fn None with RouterNorm, which leaves equally many experts in each layer")
+        fold_masks_(model)
+        return _remove_experts(model, config)
     if not isinstance(config, Magnitude):
         _check_calibration(config, calibration)
+    if experts := stacked_weights(model):
+        warnings.warn(
+            f"{type(config).__name__} prunes no experts that are one parameter [E, N, K]: {experts:,} weights stay "
+            "dense. RouterNorm removes experts",
+            UserWarning,
+            stacklevel=2,
+        )
     fold_masks_(model)
     accept = filter_fn or default_filter(model)
     with torch.no_grad():
@@ -448,6 +509,21 @@ def _sparsify_structured(
     for group, mask in zip(groups, masks, strict=True):
         group.zero_(mask)
     return _report(layers, zeros_before, "head" if heads else "neuron", type(config).__name__)
+
+
+def _remove_experts(model: nn.Module, config: RouterNorm) -> SparsityReport:
+    layers = find_moe_layers(model)
+    changes = router_norm_changes(layers, pretrained_routers(config.pretrained))
+    gone = [smallest_of_rows(change[None], round(config.sparsity * len(change)))[0] for change in changes]
+    rows = []
+    for layer, mask in zip(layers, gone, strict=True):
+        E, size = len(mask), sum(part[0].numel() for part in layer.stacked)
+        zeros = torch.stack([(part.flatten(1) == 0).sum(1).cpu() for part in layer.stacked]).sum(0)  # [E]
+        after = int(zeros[~mask].sum()) + int(mask.sum()) * size
+        removed = tuple(mask.nonzero().squeeze(1).tolist())
+        rows.append(LayerSparsity(layer.name, (E, size), int(zeros.sum()), after, "expert", "RouterNorm", removed))
+    remove_experts_(model, layers, gone)
+    return SparsityReport(tuple(rows))
 
 
 def activation_scores(model: nn.Module, mlps: list[Group], calibration: Iterable[Any] | None) -> list[Tensor]:

@@ -112,7 +112,7 @@ X = torch.ones(2, 4)
     ("model", "config", "calibration", "error", "message"),
     [
         (None, Magnitude(0.5), None, TypeError, "model to be a torch.nn.Module, got NoneType"),
-        (nn.Linear(4, 4), 0.5, None, TypeError, "config to be .*SparseGPT or NeuronActivation, got float"),
+        (nn.Linear(4, 4), 0.5, None, TypeError, "config to be .*NeuronActivation or RouterNorm, got float"),
         (nn.Linear(4, 4), Wanda(0.5), None, ValueError, "calibration batches for Wanda, got None"),
         (mlp(), NeuronActivation(0.5), None, ValueError, "calibration batches for NeuronActivation, got None"),
         (nn.Linear(4, 4), Wanda(0.5), X, TypeError, "iterable of batches for Wanda, such as a list, got Tensor"),
