@@ -486,6 +486,18 @@ def read_header(files: Iterable[str | os.PathLike[str]]) -> Header:
     return header
 
 
+def read_tensors(files: Iterable[str | os.PathLike[str]], names: Iterable[str]) -> dict[str, Tensor]:
+    """Those tensors of safetensors files; no others are read."""
+    from safetensors import safe_open
+
+    wanted = set(names)
+    found: dict[str, Tensor] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            found |= {name: file.get_tensor(name) for name in wanted.intersection(file.keys())}
+    return found
+
+
 def foreign_layout(config: Mapping[str, Any]) -> str | None:
     """Which of ``LAYOUTS`` the ``config.json`` of a compressed-tensors checkpoint names; None if it is no such one.
 

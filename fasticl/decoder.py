@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fasticl import _C
 from fasticl.nn import SparseLinear, SparseMLP, dense_bias, dense_weight
 from fasticl.ops._registry import ACTIVATIONS, DTYPES, VALUE_DTYPES
+from fasticl.parallel import check_whole
 
 LENGTH = 2048  # positions that a Decoder has room for, unless the model has fewer or the caller wants another number
 # By what may change in the rounding of a model in this dtype: its logits against ours, relative to the largest.
@@ -87,7 +88,8 @@ class Decoder:
 
     Raises:
         TypeError: ``model`` is not such a module.
-        ValueError: its architecture is not known, or computes something else; ``length`` is out of range.
+        ValueError: its architecture is not known, or computes something else; it is one process's part of a model
+            (:func:`fasticl.parallelize`); ``length`` is out of range.
     """
 
     def __init__(self, model: Any, *, length: int | None = None) -> None:
@@ -97,6 +99,7 @@ class Decoder:
         text = config.get_text_config()
         if (family := _FAMILIES.get(text.model_type)) is None:
             raise ValueError(f"model: expected one of {', '.join(_FAMILIES)}, got model_type {text.model_type!r}")
+        check_whole(model, "to decode with")
         if model.training:
             raise ValueError("model: expected evaluation mode, got training mode; call model.eval()")
         limit = getattr(text, "max_position_embeddings", LENGTH)
