@@ -235,14 +235,13 @@ class FastICLQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         _check_one_device(getattr(model, "hf_device_map", None))  # "auto" may have become several
         mesh = model._mesh_manager.get_mesh("tp") if self._files else None
-        fused = {join(path, child) for path, children, _ in self._mlps for child in children.values()}
         for layer in self._packed:
             linear, sizes = self._linear(layer, model.get_submodule(layer.path).bias), layer.shape
             style = None if mesh is None else parallel.style_of(model.tp_plan, layer.path)
             if mesh is not None and style is not None:
                 linear = parallel.split(linear, style, mesh)
-                if layer.path not in fused:
-                    parallel.connect(linear, style, sizes[::-1] if layer.transposed else sizes, mesh)
+                # Where an MLP runs as one op, which calls no linear, this exchange never happens.
+                parallel.connect(linear, style, sizes[::-1] if layer.transposed else sizes, mesh)
             model.set_submodule(layer.path, linear if mesh is None else linear.to(mesh.device_type))
         for path, children, activation in self._mlps:
             linears = {role: model.get_submodule(join(path, child)) for role, child in children.items()}
