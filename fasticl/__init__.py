@@ -13,6 +13,7 @@ from fasticl.convert import ConversionReport, convert, explain
 from fasticl.decoder import Decoder
 from fasticl.formats import PackedWeight, pack
 from fasticl.ops import implementations
+from fasticl.parallel import parallelize
 from fasticl.prune import Magnitude, NeuronActivation, RouterNorm, SparseGPT, Wanda, sparsify_
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = [
     "nn",
     "ops",
     "pack",
+    "parallelize",
     "save_pretrained",
     "sparsify_",
 ]

@@ -30,7 +30,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import redirect_stderr
 from importlib.abc import MetaPathFinder
 from io import StringIO
@@ -145,7 +145,7 @@ def from_pretrained(folder: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
         for name in ("sparsity_config", "compression_config"):
             if hasattr(config, name):
                 delattr(config, name)
-        header = read_header(_weight_files(folder))
+        header = read_header(weight_files(folder))
         layers = {
             name: {"format": "auto", "layout": layout, "key": key} for name, key in _foreign_layers(header).items()
         }
@@ -192,7 +192,7 @@ def _count_tensors(folder: Path) -> None:
     """Writes into a packed checkpoint's config how many tensors it has, so that a lost one is noticed."""
     config = _read_json(folder / "config.json")
     if config.get("quantization_config", {}).get("quant_method") == QUANT_METHOD:
-        config["quantization_config"]["tensors"] = len(read_header(_weight_files(folder)))
+        config["quantization_config"]["tensors"] = len(read_header(weight_files(folder)))
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -486,20 +486,15 @@ def read_header(files: Iterable[str | os.PathLike[str]]) -> Header:
     return header
 
 
-def read_tensors(folder: str | os.PathLike[str], accept: Callable[[str], bool]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint whose names ``accept`` lets pass; no other is read.
-
-    Raises:
-        ValueError: as of :func:`read_header`.
-    """
+def read_tensors(files: Iterable[str | os.PathLike[str]], names: Iterable[str]) -> dict[str, Tensor]:
+    """Those tensors of safetensors files; no others are read."""
     from safetensors import safe_open
 
+    wanted = set(names)
     found: dict[str, Tensor] = {}
-    files = _weight_files(Path(folder))
-    names = [name for name in read_header(files) if accept(name)]
     for path in files:
         with safe_open(path, framework="pt") as file:
-            found |= {name: file.get_tensor(name) for name in set(names) & set(file.keys())}
+            found |= {name: file.get_tensor(name) for name in wanted.intersection(file.keys())}
     return found
 
 
@@ -537,7 +532,7 @@ def _foreign_layers(header: Header) -> dict[str, str]:
     return {key.removesuffix(".weight"): key for key in keys}
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fasticl import _C
 from fasticl.architectures import TOLERANCE, Native, check_static_angles, parts_of
 from fasticl.ops._registry import DTYPES
+from fasticl.parallel import check_whole
 
 LENGTH = 2048  # positions that a Decoder has room for, unless the model has fewer or the caller wants another number
 
@@ -45,7 +46,8 @@ class Decoder:
 
     Raises:
         TypeError: ``model`` is not such a module.
-        ValueError: its architecture is not known, or computes something else; ``length`` is out of range.
+        ValueError: its architecture is not known, or computes something else; it is one process's part of a model
+            (:func:`fasticl.parallelize`); ``length`` is out of range.
     """
 
     def __init__(self, model: Any, *, length: int | None = None, sequences: int = 1) -> None:
@@ -53,6 +55,7 @@ class Decoder:
             raise TypeError(f"model: expected a Hugging Face causal language model, got {type(model).__name__}")
         config: Any = model.config
         text = config.get_text_config()
+        check_whole(model, "to decode with")
         if model.training:
             raise ValueError("model: expected evaluation mode, got training mode; call model.eval()")
         limit = getattr(text, "max_position_embeddings", LENGTH)

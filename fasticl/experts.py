@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasticl.checkpoint import read_tensors
+from fasticl.checkpoint import read_header, read_tensors, weight_files
 
 ARCHITECTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")  # config.model_type
 _STACKED = ("gate_up_proj", "down_proj")
@@ -96,7 +96,8 @@ def pretrained_routers(pretrained: nn.Module | str | os.PathLike[str]) -> dict[i
         return {layer.block: layer.weight for layer in find_moe_layers(pretrained)}
     if not Path(pretrained).is_dir():
         raise ValueError(f"pretrained: expected a model or the folder of one, got {os.fspath(pretrained)}")
-    found = read_tensors(pretrained, lambda name: _ROUTER.search(name) is not None)
+    files = weight_files(Path(pretrained))
+    found = read_tensors(files, filter(_ROUTER.search, read_header(files)))
     return {int(match[1]): weight for name, weight in found.items() if (match := _ROUTER.search(name))}
 
 

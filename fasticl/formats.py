@@ -168,6 +168,47 @@ class PackedWeight:
         sliced = None if self.sliced is None else SlicedLayout(**moved(vars(self.sliced)))
         return _with_lanes(PackedWeight(**moved({**vars(self), "sliced": sliced, "lanes": None})))
 
+    def index_select(self, dim: int, index: Tensor) -> PackedWeight:
+        """Some rows (``dim`` 0) or columns (1): what unpacks to ``unpack().index_select(dim, index)``, bit for bit.
+
+        Of the same format, except that n:m columns among which a group no longer has n values become a bitmap. Stored
+        values are copied as they are: int8 values keep the scales of their rows.
+
+        Args:
+            index: int64, ascending.
+
+        Raises:
+            ValueError: ``dim`` or ``index`` is out of range, or not ascending.
+        """
+        _expect(dim in (0, 1), "dim", "0 or 1", dim)
+        index = _check_ascending("index", index.to(self.device), self.shape[dim])
+        N, K = (index.numel(), self.shape[1]) if dim == 0 else (self.shape[0], index.numel())
+        inside = torch.zeros(self.shape[dim], dtype=torch.bool, device=self.device)
+        inside[index] = True
+        scales = self.scales[index] if dim == 0 and self.scales is not None else self.scales
+        if self.format == "dense":
+            values = self.values.index_select(dim, index)
+            return dataclasses.replace(self, shape=(N, K), values=values, scales=scales)
+        if self.format == "compact":
+            name = ("rows", "columns")[dim]
+            kept: Tensor = getattr(self, name)
+            chosen = inside[kept].nonzero().squeeze(1)
+            places = torch.searchsorted(index, kept[chosen])
+            values = self.values.index_select(dim, chosen)
+            return dataclasses.replace(self, shape=(N, K), values=values, **{name: places})  # type: ignore[arg-type]
+        format, pattern = self.format, self.pattern
+        if dim == 0:
+            bitmask, chosen = self.bitmask[index], inside.repeat_interleave(self.row_offsets.diff())
+        else:
+            keep = self.keep
+            chosen, keep = inside.expand_as(keep)[keep], keep[:, index]
+            bitmask = _pack_bits(keep)
+            if pattern is not None and not _has_pattern(keep, pattern):
+                format, pattern = "bitmap", None
+        row_offsets = torch.zeros(N + 1, dtype=torch.int64, device=self.device)
+        torch.cumsum(count_bits(bitmask), 0, out=row_offsets[1:])
+        return from_portable(format, (N, K), self.values[chosen], bitmask, row_offsets, pattern, scales)
+
     def validate(self) -> PackedWeight:
         """Checks everything that a kernel relies on; returns self.
 
@@ -204,14 +245,7 @@ class PackedWeight:
     def _validate_compact(self) -> None:
         sizes = []
         for name, kept, size in (("rows", self.rows, self.shape[0]), ("columns", self.columns, self.shape[1])):
-            if kept is None or kept.dtype != torch.int64 or kept.dim() != 1:
-                _fail(name, "int64 indices", kept if kept is None else f"{kept.dtype} {list(kept.shape)}")
-            previous = torch.cat((kept.new_tensor([-1]), kept[:-1]))
-            wrong = ((kept <= previous) | (kept >= size)).nonzero()
-            if wrong.numel():
-                i = int(wrong[0])
-                _fail(f"{name}[{i}]", f"ascending, in ({int(previous[i])}, {size})", int(kept[i]))
-            sizes.append(kept.numel())
+            sizes.append(_check_ascending(name, kept, size).numel())
         _expect_tensor("values", self.values, self.dtype, sizes)
 
     def _validate_portable(self) -> None:
@@ -434,6 +468,13 @@ def _find_pattern(keep: Tensor) -> str | None:
     return None
 
 
+def _has_pattern(keep: Tensor, pattern: str) -> bool:
+    """Whether each group of m columns has n values."""
+    n, m = _nm(pattern)
+    N, K = keep.shape
+    return K % m == 0 and bool((keep.view(N, K // m, m).sum(-1) == n).all())
+
+
 def _complete_groups(keep: Tensor, pattern: str) -> Tensor:
     """``keep`` with the first unset columns of each group added until every group of m has n."""
     n, m = _nm(pattern)
@@ -518,6 +559,17 @@ def _fail(what: str, expected: object, got: object) -> NoReturn:
 def _expect(condition: bool, what: str, expected: object, got: object) -> None:
     if not condition:
         _fail(what, expected, got)
+
+
+def _check_ascending(what: str, index: Tensor | None, size: int) -> Tensor:
+    if index is None or index.dtype != torch.int64 or index.dim() != 1:
+        _fail(what, "int64 indices", index if index is None else f"{index.dtype} {list(index.shape)}")
+    previous = torch.cat((index.new_tensor([-1]), index[:-1]))
+    wrong = ((index <= previous) | (index >= size)).nonzero()
+    if wrong.numel():
+        i = int(wrong[0])
+        _fail(f"{what}[{i}]", f"ascending, in ({int(previous[i])}, {size})", int(index[i]))
+    return index
 
 
 def _expect_tensor(what: str, tensor: Tensor, dtype: torch.dtype, shape: list[int]) -> None:

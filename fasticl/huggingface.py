@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,14 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from fasticl import checkpoint, formats
+from fasticl import checkpoint, formats, parallel
 from fasticl.checkpoint import INT8_LAYOUTS, LAYOUTS, QUANT_METHOD, Header
 from fasticl.layers import find_mlps, is_linear, join
 from fasticl.nn import SparseLinear, SparseMLP, frozen_linear
 from fasticl.ops._registry import ACTIVATIONS
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 _SPEC_KEYS = {"format", "shape", "pattern", "layout", "key"}
 
@@ -121,7 +124,8 @@ class _Stored(nn.Module):
 class _Packed:
     """A packed layer of the checkpoint that is being loaded.
 
-    ``stored`` is where its tensors are loaded to; ``transposed`` says that the matrix is a Conv1D's, [inputs, outputs].
+    ``stored`` is where its tensors are loaded to, or, in a model that is split over processes, only says what they are;
+    ``transposed`` says that the matrix is a Conv1D's, [inputs, outputs].
     """
 
     name: str
@@ -158,6 +162,8 @@ class FastICLQuantizer(HfQuantizer):
         """The checkpoint's tensors; what it takes to read them goes into ``model.config``."""
         plain = _untouched(model)
         layers, fused = checkpoint.describe(model, plain)
+        if layers or not getattr(model, "_is_distributed_loading_by_transformers", False):  # which gathers dense ones
+            parallel.check_whole(model, "to be saved")
         config: Any
         if self.format != QUANT_METHOD:
             sparsity = checkpoint.sparsity_config(model, plain, layers, self.format)
@@ -180,6 +186,7 @@ class FastICLQuantizer(HfQuantizer):
         header = checkpoint.read_header(checkpoint_files)
         if config.tensors is not None and len(header) != config.tensors:
             raise ValueError(f"expected {config.tensors} tensors in the checkpoint's files, got {len(header)}")
+        self._files = _files_to_split(model, checkpoint_files)
         known = {mlp.name: mlp for mlp in find_mlps(model)}
         self._packed: list[_Packed] = []
         self._mlps: list[tuple[str, dict[str, str], str | None]] = []
@@ -212,11 +219,13 @@ class FastICLQuantizer(HfQuantizer):
         else:
             key = spec.get("key", name)
             sizes = checkpoint.expected_tensors(header, key, (N, K), spec.get("layout", "sparse-bitmask"))
-            stored = replacement = _Stored(sizes, dtype)
-            if key != name:  # name.weight.bitmask, not name.bitmask
+            stored = _Stored(sizes, dtype)
+            replacement = _Stored({}, dtype) if self._files else stored
+            if key != name and not self._files:  # name.weight.bitmask, not name.bitmask
                 replacement = nn.Module()
                 replacement.weight = stored
             replacement.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+            replacement.out_features, replacement.in_features = N, K  # transformers' styles ask
             self._packed.append(_Packed(name, path, spec, (N, K), transposed, stored))
         model.set_submodule(path, replacement)
         for target, source in list(getattr(model, "all_tied_weights_keys", {}).items()):
@@ -225,23 +234,83 @@ class FastICLQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         _check_one_device(getattr(model, "hf_device_map", None))  # "auto" may have become several
+        mesh = model._mesh_manager.get_mesh("tp") if self._files else None
         for layer in self._packed:
-            parts = {part: tensor.contiguous() for part, tensor in layer.stored.named_buffers()}
-            spec, bias = layer.spec, model.get_submodule(layer.path).bias
-            layout = spec.get("layout", "sparse-bitmask")
-            try:
-                packed = checkpoint.from_bitmask(parts, layer.shape, layout, spec["format"], spec.get("pattern"))
-            except ValueError as error:
-                raise ValueError(f"{layer.name}: {error}") from error
-            if layer.transposed:
-                packed = formats.pack(packed.unpack().T)
-            model.set_submodule(layer.path, SparseLinear(packed, bias).eval())
+            linear, sizes = self._linear(layer, model.get_submodule(layer.path).bias), layer.shape
+            style = None if mesh is None else parallel.style_of(model.tp_plan, layer.path)
+            if mesh is not None and style is not None:
+                linear = parallel.split(linear, style, mesh)
+                # Where an MLP runs as one op, which calls no linear, this exchange never happens.
+                parallel.connect(linear, style, sizes[::-1] if layer.transposed else sizes, mesh)
+            model.set_submodule(layer.path, linear if mesh is None else linear.to(mesh.device_type))
         for path, children, activation in self._mlps:
             linears = {role: model.get_submodule(join(path, child)) for role, child in children.items()}
-            model.set_submodule(path, SparseMLP(**linears, activation=activation).eval())
+            style = None
+            if mesh is not None:
+                styles = [parallel.style_of(model.tp_plan, join(path, child)) for child in children.values()]
+                style = parallel.fused_style(path, styles, len(styles))
+                linears = {role: _local(linear, mesh, role == "down") for role, linear in linears.items()}
+            mlp = SparseMLP(**linears, activation=activation).eval()
+            if mesh is not None and style is not None:
+                parallel.connect(mlp, style, (0, 0), mesh)
+            model.set_submodule(path, mlp)
+        if mesh is not None:
+            model.requires_grad_(False)
+        self._files = []
         self._packed, self._mlps = [], []
         model.is_quantized = False  # nothing is: model.half() and .float() work
         return model
+
+    def _linear(self, layer: _Packed, bias: Any) -> SparseLinear:
+        """A whole packed layer, from tensors that were loaded, or else are read now."""
+        spec, key = layer.spec, layer.spec.get("key", layer.name)
+        parts = dict(layer.stored.named_buffers())
+        if self._files:
+            read = checkpoint.read_tensors(self._files, [f"{key}.{part}" for part in parts])
+            parts = {part: read[f"{key}.{part}"].to(meta.dtype) for part, meta in parts.items()}
+            bias = None if bias is None else _whole(bias).cpu()
+        parts = {part: tensor.contiguous() for part, tensor in parts.items()}
+        layout = spec.get("layout", "sparse-bitmask")
+        try:
+            packed = checkpoint.from_bitmask(parts, layer.shape, layout, spec["format"], spec.get("pattern"))
+        except ValueError as error:
+            raise ValueError(f"{layer.name}: {error}") from error
+        if layer.transposed:
+            packed = formats.pack(packed.unpack().T)
+        return SparseLinear(packed, bias).eval()
+
+
+def _files_to_split(model: Any, files: Iterable[Any]) -> list[Any]:
+    """The checkpoint's files, if each process is to read its part of the packed layers in them; else none.
+
+    Raises:
+        ValueError: the model is to be distributed in another way, or its heads cannot be.
+    """
+    config: Any = getattr(model.config, "distributed_config", None)
+    for name in ("pp_size", "dp_replicate_size", "fsdp_size", "ep_size"):
+        if (size := getattr(config, name, None) or 1) > 1:
+            raise ValueError(f"{name}: expected 1 for a packed model, which is split by tp_size only, got {size}")
+    size = getattr(config, "tp_size", None) or 1
+    if size == 1:
+        return []
+    parallel.check_heads(model, {**model.tp_plan, **(config.tp_plan if isinstance(config.tp_plan, dict) else {})}, size)
+    # They are read once the rest is loaded: without its packed layers, the model has no place for these.
+    model._keys_to_ignore_on_load_unexpected = {
+        *(model._keys_to_ignore_on_load_unexpected or ()), r"\.(compressed|scales|bitmask|row_offsets|shape)$",
+    }  # fmt: skip
+    return list(files)
+
+
+def _whole(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _local(linear: Any, mesh: DeviceMesh, down: bool) -> nn.Module:
+    """A process's part of a linear that transformers has split, for an MLP in one op, which sums its outputs itself."""
+    if isinstance(linear, SparseLinear) or not hasattr(linear.weight, "to_local"):
+        return linear
+    bias = None if linear.bias is None or (down and mesh.get_local_rank()) else linear.bias.to_local()
+    return frozen_linear(linear.weight.to_local(), bias)
 
 
 def _check_one_device(device_map: Any) -> None:

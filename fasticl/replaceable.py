@@ -72,7 +72,7 @@ def obstacle(name: str, linear: nn.Module, readers: Mapping[str, str], skip: Seq
         return "skipped by name"
     if name in readers:
         return f"{readers[name]} reads its weight without calling it"
-    if _has_hooks(linear):
+    if has_hooks(linear):
         return "has hooks, or a forward of its own"
     if isinstance(linear, nn.Linear) and type(linear).forward is not nn.Linear.forward:
         return f"{type(linear).__name__} may compute more than a linear"
@@ -85,7 +85,7 @@ def _is_skipped(name: str, skip: Sequence[str]) -> bool:
     return any(part in skip for part in parts) or any(".".join(parts[:i]) in skip for i in range(1, len(parts) + 1))
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """Whether calling ``module`` does more than its class's forward; masks of torch.nn.utils.prune do not count."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values(),
              *module._backward_pre_hooks.values()]  # fmt: skip
@@ -127,7 +127,7 @@ def mlp_modules(model: nn.Module, skip: Sequence[str]) -> list[MLPModule]:
         if (
             all(part in plain and obstacle(names[part], part, readers, skip) is None for part in mlp.linears)
             and len({(w.dtype, w.device) for w in map(dense_weight, mlp.linears)}) == 1
-            and not any(_has_hooks(part) for part in others)
+            and not any(has_hooks(part) for part in others)
             and not any(True for part in others for _ in (*part.parameters(False), *part.buffers(False)))
             and (activation := _mlp_activation(module, mlp)) is not None
         ):

@@ -598,6 +598,52 @@ def test_no_flipped_bit_of_the_structure_passes(data: st.DataObject) -> None:
         dataclasses.replace(packed, **{name: tensor}).validate()
 
 
+# ---- rows and columns of a packed weight -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("values", [None, "int8"])
+@pytest.mark.parametrize("format", ["bitmap", "sliced", "nm", "compact", "dense"])
+def test_index_select(format: str, values: str | None, dtype: torch.dtype) -> None:
+    """Bit for bit what indexing the dense weight gives, in a weight that passes validate() and owns its tensors."""
+    if (format, values) in (("dense", None), ("compact", "int8")):
+        pytest.skip("no such format")
+    weight = pruned(37, 48, 0.4, "4:8" if format == "nm" else None, dtype)
+    if format == "compact":
+        weight[::3], weight[:, 5:9] = 0, 0
+    if values is None and format != "nm":
+        weight[1, :10] = special_values(dtype)[:10]
+    packed = pack(weight, format, values=values)
+    for dim, size in enumerate(weight.shape):
+        chunks = torch.arange(size).chunk(5)  # of 8 rows, and of 10 columns, which cut groups of n:m
+        picked = torch.rand(size).lt(0.5).nonzero().squeeze(1)
+        for index in (*chunks, picked, torch.arange(size), torch.arange(0), torch.arange(8, 24)):
+            part = packed.index_select(dim, index).validate()
+            assert same_bits(part.unpack(), packed.unpack().index_select(dim, index))
+            if values is not None:
+                assert torch.equal(part.unpack_values(), packed.unpack_values().index_select(dim, index))
+                assert same_bits(part.scales, packed.scales[index] if dim == 0 else packed.scales)
+            assert part.format == format or (format == "nm" and dim == 1)
+            for tensor in part._tensors():
+                assert tensor.untyped_storage().nbytes() == tensor.nbytes  # none holds on to the whole weight
+    if format == "nm":
+        assert packed.index_select(1, torch.arange(8, 24)).format == "nm"
+        assert packed.index_select(1, torch.arange(10)).format == "bitmap"
+
+
+def test_index_select_refuses() -> None:
+    packed = pack(pruned(4, 6, 0.5))
+    for dim, index, message in (
+        (2, torch.arange(2), "dim: expected 0 or 1, got 2"),
+        (0, torch.tensor([1, 1]), r"index\[1\]: expected ascending, in \(1, 4\), got 1"),
+        (0, torch.tensor([4]), r"index\[0\]: expected ascending, in \(-1, 4\), got 4"),
+        (1, torch.tensor([-1]), r"index\[0\]: expected ascending, in \(-1, 6\), got -1"),
+        (1, torch.tensor([0.5]), "index: expected int64 indices, got torch.float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            packed.index_select(dim, index)
+
+
 # ---- errors of pack --------------------------------------------------------------------------------------------------
 
 
