@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from fasticl import _C
+from fasticl.bits import count_bits, expand_bits, pack_bits, true_positions
 from fasticl.lane_stream import LaneStream, derive_lanes, to_lanes
 
 FORMATS = ("auto", "bitmap", "sliced", "nm", "compact", "dense")
@@ -156,7 +157,7 @@ class PackedWeight:
             assert self.columns is not None
             dense[self.rows[:, None], self.columns] = self.values
         else:
-            _as_integers(dense)[self.keep] = _as_integers(self.values)
+            _as_integers(dense).view(-1).index_copy_(0, true_positions(self.keep), _as_integers(self.values))
         return dense
 
     def to(self, device: torch.device | str) -> PackedWeight:
@@ -351,7 +352,7 @@ def pack(
         keep = _complete_groups(keep, pattern)
     N, K = weight.shape
     stored = _select(weight, keep)
-    bitmask = _pack_bits(keep)
+    bitmask = pack_bits(keep)
     row_offsets = torch.zeros(N + 1, dtype=torch.int64, device=weight.device)
     torch.cumsum(count_bits(bitmask), 0, out=row_offsets[1:])
     sliced = _slice(stored, bitmask, row_offsets, K) if format == "sliced" else None
@@ -424,26 +425,6 @@ def from_dense(values: Tensor, scales: Tensor) -> PackedWeight:
     empty = torch.empty(0, dtype=torch.uint8, device=values.device)
     shape = (values.shape[0], values.shape[1])
     return PackedWeight("dense", shape, values, empty, empty.long(), scales=scales).validate()
-
-
-def expand_bits(bitmask: Tensor, K: int) -> Tensor:
-    """``bitmask`` uint8 [N, ceil(K / 8)] as bool [N, K]."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
-    bits = (bitmask[:, :, None] >> shifts) & 1
-    return bits.flatten(1)[:, :K].bool()
-
-
-def count_bits(bitmask: Tensor) -> Tensor:
-    """Set bits of each row, int64 [N]."""
-    table = torch.tensor([bin(i).count("1") for i in range(256)], dtype=torch.uint8, device=bitmask.device)
-    return table[bitmask.int()].sum(1, dtype=torch.int64)
-
-
-def _pack_bits(keep: Tensor) -> Tensor:
-    if keep.device.type == "cpu":
-        return torch.from_numpy(np.packbits(keep.numpy(), axis=1, bitorder="little"))
-    padded = torch.nn.functional.pad(keep.to(torch.uint8), (0, -keep.shape[1] % 8)).view(keep.shape[0], -1, 8)
-    return (padded << torch.arange(8, dtype=torch.uint8, device=keep.device)).sum(-1, dtype=torch.uint8)
 
 
 def _select(weight: Tensor, keep: Tensor) -> Tensor:

@@ -21,13 +21,14 @@ are ordered by their counts where that saves bytes: lanes of rows about equally 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from fasticl.bits import expand_bits, true_positions
 
 if TYPE_CHECKING:
     from fasticl.formats import PackedWeight
@@ -41,7 +42,7 @@ MAX_SPLITS = 8
 WARPS = 12  # that a multiprocessor should have: how finely K is split
 MIN_SHARE = 8  # chunks: the ends of a share's streams are padding, which shorter shares have more of
 MIN_SAVED = 0.02  # of the rows of values, for which outputs are reordered and y is written in pieces
-_SLAB = 1 << 24  # positions that are packed at a time, to bound the memory that packing takes
+_SLAB = 1 << 20  # positions that are packed at a time: they stay in a core's cache, and memory is bounded
 
 
 @dataclass(frozen=True)
@@ -93,27 +94,23 @@ def to_lanes(
         raise ValueError(f"lane streams: expected 1 to {most} splits, got {splits}")
 
     dense = packed.unpack().view(torch.int16)
-    keep = packed.keep
-    row_order, advance, starts = _order(keep, splits)
-    first_rows = torch.zeros(strips * chunks + 1, dtype=torch.int64, device=keep.device)
+    row_order, masks, counts, advance, starts = _lay_out(packed, splits)
+    first_rows = torch.zeros(strips * chunks + 1, dtype=torch.int64, device=dense.device)
     torch.cumsum(advance.flatten(), 0, out=first_rows[1:])
-    values = torch.zeros((int(first_rows[-1]) + QUAD) * LANES * 2, dtype=torch.int16, device=keep.device)
-    masks = torch.zeros((strips, chunks, LANES), dtype=torch.int32, device=keep.device)
-    lane = torch.arange(LANES, device=keep.device)[:, None]
-    bit = torch.tensor([1 << i if i < 31 else -(1 << 31) for i in range(32)], dtype=torch.int32, device=keep.device)
-    begin = _share_rows(first_rows, strips, chunks, splits)
-    for some in _slabs(strips, chunks):
-        rows = row_order[some.start * STRIP : some.stop * STRIP]
-        kept, elements = _by_lanes(keep, rows), _by_lanes(dense, rows)  # [strips, chunks, lanes, 32]
-        masks[some] = (kept * bit).sum(-1, dtype=torch.int32)
-        position = starts[some][..., None] + kept.cumsum(-1) - 1  # since the share's first row
-        index = 2 * LANES * (position // 2) + 2 * lane + position % 2
-        index += 2 * LANES * begin[some][..., None, None]
-        values[index[kept]] = elements[kept]
+    starts = starts + 2 * _share_rows(first_rows, strips, chunks, splits)[..., None]  # since the first row of all
+    ends = first_rows[chunks * torch.arange(strips + 1, device=dense.device)].tolist()  # rows before each strip
+    values = torch.zeros((ends[-1] + QUAD, LANES), dtype=torch.int32, device=dense.device)
+    size = max(1, _SLAB // (STRIP * CHUNK * max(1, chunks)))
+    for first in range(0, strips, size):
+        some = slice(first, min(strips, first + size))
+        rows = slice(ends[some.start], ends[some.stop])
+        outputs = row_order[STRIP * some.start : STRIP * some.stop].clamp(min=0)  # of -1 nothing is kept
+        elements = dense.index_select(0, outputs)
+        if K % CHUNK:
+            elements = pad(elements, (0, -K % CHUNK))
+        _fill(values[rows], elements, masks[some], counts[some], starts[some] - 2 * rows.start)
     depth = next(depth for depth in DEPTHS if depth == DEPTHS[-1] or _fits(advance, splits, depth))
-    return LaneStream(
-        values.view(torch.int32).view(-1, LANES), masks, first_rows.int(), row_order.int(), splits, depth
-    )  # fmt: skip
+    return LaneStream(values, masks, first_rows.int(), row_order.int(), splits, depth)
 
 
 def derive_lanes(packed: PackedWeight) -> LaneStream | None:
@@ -168,31 +165,60 @@ def _choose_splits(strips: int, chunks: int, multiprocessors: int, most: int) ->
     return max(1, min(wanted, 4 if strips >= multiprocessors else most, chunks // MIN_SHARE, most))
 
 
-def _order(keep: Tensor, splits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The order of rows, the rows of values by strip and chunk, and the streams' positions where chunks begin."""
-    N, K = keep.shape
+def _lay_out(packed: PackedWeight, splits: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The better order of rows; for it the masks, their bits' counts, and advance and starts of :func:`_positions`."""
+    N, K = packed.shape
     strips, chunks = -(-N // STRIP), -(-K // CHUNK)
-    counts = pad(keep, (0, -K % CHUNK)).view(N, chunks, 4, 16).sum(-1)  # of a lane's columns
-    as_is = torch.full((strips * STRIP,), -1, dtype=torch.int64, device=keep.device)
-    as_is[:N] = torch.arange(N, device=keep.device)
+    bitmask = pad(packed.bitmask, (0, CHUNK // 8 * chunks - packed.bitmask.shape[1]))
+    as_is = torch.full((strips * STRIP,), -1, dtype=torch.int64, device=bitmask.device)
+    as_is[:N] = torch.arange(N, device=bitmask.device)
     by_count = as_is.clone()
-    by_count[:N] = torch.argsort(counts.sum((1, 2)), descending=True, stable=True)
+    by_count[:N] = torch.argsort(packed.row_offsets.diff(), descending=True, stable=True)
     paired = by_count.view(strips, 2, 8)
     by_count = torch.stack((paired[:, 0], paired[:, 1].flip(1)), 1).flatten()  # a lane has a longer and a shorter row
-    laid_out = [(order, *_streams(counts, order, splits)) for order in (as_is, by_count)]
-    used = [int(advance.sum()) for _, advance, _ in laid_out]
+    laid_out = []
+    for order in (as_is, by_count):
+        masks = _masks(bitmask, order)
+        counts = _count_bits(masks)
+        advance = counts.new_zeros(strips, chunks)
+        laid_out.append((order, masks, counts, advance, _positions(counts, advance, splits, fill=True)))
+    used = [int(advance.sum()) for _, _, _, advance, _ in laid_out]
     return laid_out[used[1] < (1 - MIN_SAVED) * used[0]]
 
 
-def _streams(counts: Tensor, order: Tensor, splits: int) -> tuple[Tensor, Tensor]:
-    """Rows of values that each chunk of a strip adds ``[strips, chunks]``, and positions ``[strips, chunks, 32]``."""
-    chunks = counts.shape[1]
-    strips = len(order) // STRIP
-    there = counts.new_zeros(len(order), chunks, 4)
-    there[order >= 0] = counts[order[order >= 0]]
-    by_lane = there.view(strips, 2, 8, chunks, 4).sum(1).permute(0, 2, 1, 3).reshape(strips, chunks, LANES)
-    advance = counts.new_zeros(strips, chunks)
-    return advance, _positions(by_lane, advance, splits, fill=True)
+def _masks(bitmask: Tensor, order: Tensor) -> Tensor:
+    """The masks ``[strips, chunks, 32]`` of a bitmask ``[N, 8 chunks]`` whose rows are taken in that order."""
+    strips, chunks = len(order) // STRIP, bitmask.shape[1] // 8
+    rows = bitmask.index_select(0, order.clamp(min=0)).masked_fill(order[:, None] < 0, 0)
+    low, high = rows.view(strips, 2, 8, chunks, 8).unbind(1)  # outputs g and g + 8; a byte holds two steps of each
+    steps = torch.stack((low & 15 | high << 4, low >> 4 | high & 240), -1)  # [strip, g, chunk, byte, step]
+    return steps.transpose(1, 2).reshape(strips, chunks, LANES * 4).view(torch.int32)
+
+
+def _count_bits(masks: Tensor) -> Tensor:
+    """Set bits of each word, int32."""
+    pairs = masks - (masks >> 1 & 0x55555555)
+    nibbles = (pairs & 0x33333333) + (pairs >> 2 & 0x33333333)
+    return (nibbles + (nibbles >> 4) & 0x0F0F0F0F) * 0x01010101 >> 24
+
+
+def _fill(values: Tensor, elements: Tensor, masks: Tensor, counts: Tensor, starts: Tensor) -> None:
+    """Writes the rows of values of some strips, zero so far.
+
+    ``elements`` int16 ``[16 strips, 64 chunks]`` are the strips' outputs, ``starts`` count from the first of the rows.
+    """
+    strips, chunks, _ = masks.shape
+    # A quad of columns is an int64: [strip, half, g, chunk, t, step] -> [g, t, strip, chunk, step, half]
+    quads = elements.flatten().view(torch.int64).view(strips, 2, 8, chunks, 4, 4).permute(2, 4, 0, 3, 5, 1)
+    lane = torch.arange(LANES, device=values.device)
+    counts, starts = (t.permute(2, 0, 1).flatten() for t in (counts, starts + 2 * len(values) * lane))
+    # Values in the order of lane, strip, chunk, bit have the places of their streams but for what those skip.
+    source = true_positions(expand_bits(masks.permute(2, 0, 1).reshape(1, -1).view(torch.uint8), elements.numel()))
+    skipped = starts - counts.cumsum(0) + counts
+    place = skipped.index_select(0, source >> 5) + torch.arange(len(source), device=values.device)
+    streams = torch.zeros(2 * values.numel(), dtype=torch.int16, device=values.device)
+    streams.index_copy_(0, place, quads.reshape(-1).view(torch.int16).index_select(0, source))
+    values.copy_(streams.view(torch.int32).view(LANES, -1).T)
 
 
 def _positions(counts: Tensor, advance: Tensor, splits: int, fill: bool = False) -> Tensor:
@@ -233,18 +259,3 @@ def _fits(advance: Tensor, splits: int, depth: int) -> bool:
         if (ahead[:, latest] - oldest + QUAD - 1 > RING).any():
             return False
     return True
-
-
-def _by_lanes(matrix: Tensor, rows: Tensor) -> Tensor:
-    """The rows of ``matrix [N, K]`` (zeros for -1) as ``[strips, chunks, 32, 32]``: by lane, in the order of bits."""
-    K = matrix.shape[1]
-    taken = pad(matrix[rows.clamp(min=0)] * (rows >= 0)[:, None], (0, -K % CHUNK))
-    # [strip, half, g, chunk, t, step, column] -> [strip, chunk, g, t, step, half, column]
-    lanes = taken.view(len(rows) // STRIP, 2, 8, -(-K // CHUNK), 4, 4, 4).permute(0, 3, 2, 4, 5, 1, 6)
-    return lanes.reshape(len(rows) // STRIP, -(-K // CHUNK), LANES, 32)
-
-
-def _slabs(strips: int, chunks: int) -> Iterator[slice]:
-    size = max(1, _SLAB // (STRIP * CHUNK * max(1, chunks)))
-    for first in range(0, strips, size):
-        yield slice(first, min(strips, first + size))

@@ -15,7 +15,8 @@ from torch import Tensor
 
 import fasticl
 from fasticl import PackedWeight, pack
-from fasticl.formats import DTYPES, FORMATS, PATTERNS, SLICED_MAX_K, expand_bits, from_portable
+from fasticl.bits import count_bits, expand_bits, pack_bits, true_positions
+from fasticl.formats import DTYPES, FORMATS, PATTERNS, SLICED_MAX_K, from_portable
 
 BITS = {
     torch.float32: torch.int32,
@@ -58,6 +59,17 @@ def special_values(dtype: torch.dtype) -> Tensor:
     quiet = int(bits(torch.tensor([float("nan")], dtype=dtype)))
     patterns = [1, sign + 1, infinity + 1, quiet, quiet + 5, sign + quiet + 5]
     return torch.cat((numbers.to(dtype), torch.tensor(patterns, dtype=BITS[dtype]).view(dtype)))
+
+
+@pytest.mark.parametrize("K", [0, 1, 8, 13])
+def test_bits(K: int) -> None:
+    keep = torch.rand(40, K) < 0.5
+    rows = keep.tolist()
+    bitmask = [[sum(row[8 * i + j] << j for j in range(min(8, K - 8 * i))) for i in range(-(-K // 8))] for row in rows]
+    assert pack_bits(keep).tolist() == bitmask
+    assert torch.equal(expand_bits(pack_bits(keep), K), keep)
+    assert count_bits(pack_bits(keep)).tolist() == [sum(row) for row in rows]
+    assert true_positions(keep).tolist() == [n * K + k for n in range(40) for k in range(K) if rows[n][k]]
 
 
 # ---- int8 values -----------------------------------------------------------------------------------------------------

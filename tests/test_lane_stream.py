@@ -78,6 +78,19 @@ def test_any_weight_is_as_the_text_says(data: st.DataObject) -> None:
     assert same_bits(from_lanes(lanes, N, K, dtype), weight)
 
 
+@pytest.mark.parametrize("slab", [1, 1 << 15])
+def test_strips_are_packed_by_slabs(slab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one strip, and of two; rows out of order, lanes that skip, and nothing but zeros where no value belongs."""
+    weight = random_bits(75, 700, torch.float16).masked_fill(torch.rand(75, 700) >= torch.rand(75, 1), 0.0)
+    weight[:, torch.arange(700) % 64 // 16 == 2] = 0.0
+    monkeypatch.setattr(lane_stream, "_SLAB", slab)
+    lanes = lanes_of(weight, 2)
+    bits = weight.view(torch.int16)
+    assert decoded(lanes, 700) == {(n, k): int(bits[n, k]) for n, k in bits.nonzero().tolist()}
+    assert int(lanes.values.view(torch.int16).count_nonzero()) == int(bits.count_nonzero())
+    assert not torch.equal(lanes.row_order[:75], torch.arange(75, dtype=torch.int32))
+
+
 @pytest.mark.parametrize("structure", ["dense", "one_lane", "turns", "random", "growing"])
 def test_the_ring_holds_what_is_under_way(structure: str) -> None:
     """While a chunk is decoded: from the row that the last lane may read to the one that arrives for the deepest."""

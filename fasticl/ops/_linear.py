@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fasticl.formats import PackedWeight, expand_bits
+from fasticl.bits import expand_bits
+from fasticl.formats import PackedWeight
 from fasticl.ops import _registry as registry
 
 
