@@ -21,7 +21,7 @@ HEAVY = [*OPTIONAL, "rich", "typer", "torch._dynamo", "torch._inductor"]
 
 
 def written_files() -> list[Path]:
-    folders = [ROOT / name for name in (".ci", "benchmarks", "csrc", "fasticl", "kernels", "tests")]
+    folders = [ROOT / name for name in (".ci", "benchmarks", "csrc", "docs", "fasticl", "kernels", "tests")]
     files = [path for folder in folders for path in folder.rglob("*") if path.suffix not in {".pyc", ".so", ".png"}]
     return sorted(path for path in [*files, *ROOT.iterdir()] if path.is_file())
 
