@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from functools import cache, partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -254,7 +255,7 @@ def ways(
     if (rotary := getattr(model.get_decoder(), "rotary_emb", None)) is not None:
         extra = () if block.layer_type is None else (block.layer_type,)
         given["position_embeddings"] = rotary(x, torch.full((tokens, 1), past), *extra)
-    return partial(forward, layer, x, **given), partial(layer.forward, x, **given)
+    return partial(MethodType(forward, layer), x, **given), partial(layer.forward, x, **given)
 
 
 def runs_native(layer: nn.Module) -> bool:

@@ -203,7 +203,7 @@ class PackedWeight:
         else:
             keep = self.keep
             chosen, keep = inside.expand_as(keep)[keep], keep[:, index]
-            bitmask = _pack_bits(keep)
+            bitmask = pack_bits(keep)
             if pattern is not None and not _has_pattern(keep, pattern):
                 format, pattern = "bitmap", None
         row_offsets = torch.zeros(N + 1, dtype=torch.int64, device=self.device)

@@ -264,6 +264,7 @@ def test_decisions() -> None:
     assert report.fused_blocks == [f"model.layers.{i}" for i in range(3)]
     assert report.blocks[0].ms_dense.keys() == {1}
     assert "3 of 3 blocks decode in C++" in str(report)
+    assert fasticl.explain(model).count("already in C++") == 3
     assert not fasticl.convert(model, tokens=(128,)).blocks
     assert not fasticl.convert(nn.Sequential(nn.Linear(4, 4)).eval()).blocks
     assert "training" in fasticl.convert(make().train(), min_speedup=0).blocks[0].reason
