@@ -1,5 +1,6 @@
 """A SmolLM2-135M-shaped model with random weights: a prompt, and one more token by transformers and by fasticl.Decoder.
 
+Beside them, where it is installed, llama.cpp on the same weights in 4 bits.
 Its LM head is its embedding: 21 % of the weights, which stay dense, in the model's dtype or (int8) in int8.
 """
 
@@ -9,6 +10,7 @@ import copy
 from collections.abc import Callable
 from functools import lru_cache, partial
 
+import llama_cpp_baseline
 import torch
 from bench_model import decode, nonzeros, prefill, weight_bytes
 from common import DTYPES, Case, Contender, Truth, generator
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 import fasticl
 
+LLAMA_CPP_TOLERANCE = 0.05  # of its logits: it rounds what it multiplies its weights with to 8 bits
 TOKENS = 128  # before the one that is decoded
 PROMPT = 512
 SPARSITIES = (0.5, 0.8)
@@ -54,6 +57,16 @@ def step(model: nn.Module) -> Callable[[], Tensor]:
     return call
 
 
+def llama_cpp(model: nn.Module, exact: Callable[[nn.Module], Callable[[], Tensor]], count: int) -> Contender:
+    """``count`` tokens by llama.cpp: those of a prompt, or one behind it."""
+    length = TOKENS + 1 if count == 1 else count
+    tokens = torch.randint(model.config.vocab_size, (length,), generator=generator(length)).tolist()
+    theirs = llama_cpp_baseline.LlamaCpp(model)
+    truth = Truth(exact(theirs.rounded.double())(), LLAMA_CPP_TOLERANCE)
+    call = theirs.after(tokens[:-count], tokens[-count:])
+    return Contender("llama_cpp_q4_1", [call], truth, theirs.bytes, 2 * nonzeros(model) * count, own_pool=True)
+
+
 def decoder_case(
     shape: str, dtype: str, ways: dict[str, Callable[[nn.Module], Callable[[], Tensor]]], tokens: int, **sizes: int
 ) -> Case:
@@ -78,6 +91,8 @@ def decoder_case(
                 row = (truth, weight_bytes(model), count, sparsity, pattern)
                 name = (impl.replace("torch", "fasticl") if added else impl) + added
                 found.append(Contender(name, [way(model)], *row, dense=name == "torch"))
+        if dtype == "bfloat16" and llama_cpp_baseline.available():
+            found.append(llama_cpp(every["torch", 0.0], exact, tokens))
         return found
 
     return Case("decoder", dtype, f"smollm2-135M-{shape}", 1, build, "cold", "headline")

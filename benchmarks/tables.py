@@ -61,7 +61,8 @@ def op_table(rows: Sequence[Row], op: str) -> str:
     shapes = list(dict.fromkeys(case[0]["shape"] for case in cases))
     cases.sort(key=lambda case: (shapes.index(case[0]["shape"]), case[0]["dtype"] != "float32", int(case[0]["batch"])))
     shown = [
-        [r for r in case if fasticl(r) or r["impl"] in ("onnxruntime", "torch_compile", "torch_csr")] for case in cases
+        [r for r in case if fasticl(r) or r["impl"] in ("onnxruntime", "torch_compile", "torch_csr", "llama_cpp_q4_1")]
+        for case in cases
     ]
     variants = list(dict.fromkeys(variant(row) for case in shown for row in case))
     body = []
@@ -166,6 +167,8 @@ GOALS = (
     Goal("SmolLM2-135M shape, bfloat16, decode, by transformers, 50 / 80 %", (2, 2.5), speedups((0.5, 0.8), **DECODE)),
     Goal("the same, by `fasticl.Decoder`", (4, 5.5), speedups((0.5, 0.8), **DECODE, impl="fasticl+decoder")),
     Goal("the same, int8 values, 50 %", (6,), speedups((0.5,), **DECODE, impl="fasticl+int8+decoder")),
+    Goal("the same, against llama.cpp on 4-bit weights (Q4_1), dense", (1,),
+         speedups((0.5,), "llama_cpp_q4_1", **DECODE, impl="fasticl+int8+decoder")),
     Goal("SmolLM2-135M shape, prefill of 512 tokens, float32, 50 %", (1.5,),
          speedups((0.5,), op="decoder", shape="smollm2-135M-prefill512", dtype="float32")),
     Goal("the same, bfloat16, 80 %", (1.8,),

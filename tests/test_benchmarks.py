@@ -230,6 +230,7 @@ def test_decoder_case(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["fasticl.convert"], "SECONDS", 1e-3)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2,
              "num_key_value_heads": 1, "vocab_size": 80}  # fmt: skip
+    monkeypatch.setattr(bench_decoder.llama_cpp_baseline, "available", lambda: False)
     ways = {"": bench_model.decode, "+decoder": bench_decoder.step}
     with torch.no_grad():
         rows = common.measure(bench_decoder.decoder_case("tiny", dtype, ways, 1, **sizes), HERE, **QUICK)
@@ -239,6 +240,19 @@ def test_decoder_case(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
         *((impl, sparsity) for sparsity in ("0.5", "0.8")
           for impl in ("masked", "fasticl", "fasticl+decoder", "fasticl+int8", "fasticl+int8+decoder")),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_llama_cpp_computes_the_same_model(tokens: int) -> None:
+    pytest.importorskip("llama_cpp")
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 96, "tie_word_embeddings": True}  # fmt: skip
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).bfloat16().eval()
+    way = bench_model.decode if tokens == 1 else partial(bench_model.prefill, length=tokens)
+    with torch.no_grad():
+        contender = bench_decoder.llama_cpp(model, way, tokens)
+        assert contender.truth.check(contender.calls[0](), "llama.cpp") < bench_decoder.LLAMA_CPP_TOLERANCE / 2
 
 
 def test_model_bytes_count_packed_layers() -> None:
