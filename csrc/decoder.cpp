@@ -377,15 +377,15 @@ class Decoder {
     FASTICL_DISPATCH(decoder(p));
   }
 
-  void finish(Address x, int64_t M, Address outputs, const py::tuple& keys, const py::tuple& values, Address begins,
-              Address ends, Address out, int threads) const {
+  void finish(Address x, int64_t M, Address outputs, const py::tuple& keys, const py::tuple& values, Address seen,
+              Address out, int threads) const {
     DecoderBlock b = blocks_.front();
     b.keys = cache_of(keys);
     b.values = cache_of(values);
     py::gil_scoped_release release;
     DecoderParams p = part(Part::finish, b, M, outputs, threads);
-    p.begins = pointer<const int64_t>(begins);
-    p.ends = pointer<const int64_t>(ends);
+    p.begins = pointer<const int64_t>(seen);
+    p.ends = p.begins + M;
     p.in = pointer<const void>(x);
     p.out = pointer<void>(out);
     FASTICL_DISPATCH(decoder(p));
@@ -459,9 +459,9 @@ void bind_decoder(py::module_& m) {
            "threads"_a,
            "The first block's queries, keys and values of x [M, D] of its dtype. rows [2, M] int64: of cos and sin "
            "[.., rotary / 2] float32, and of the positions of keys and values, which are written.")
-      .def("finish", &Decoder::finish, "x"_a, "M"_a, "outputs"_a, "keys"_a, "values"_a, "begins"_a, "ends"_a, "out"_a,
-           "threads"_a,
-           "The rest of the first block, attending to positions begins[m] to ends[m] of keys and values; out [M, D] of "
+      .def("finish", &Decoder::finish, "x"_a, "M"_a, "outputs"_a, "keys"_a, "values"_a, "seen"_a, "out"_a, "threads"_a,
+           "The rest of the first block, attending from positions seen[0, m] to seen[1, m] of keys and values; out [M, "
+           "D] of "
            "its dtype.");
 }
 

@@ -130,18 +130,19 @@ class _NativeBlock:
     def __init__(self, layer: Any) -> None:
         self._layer = layer
         self._names = tuple(inspect.signature(_plain_class(layer).forward).parameters)[2:]
-        self._watched: list[tuple[dict[str, Any], str, int, int]] = []
+        self._modules: list[tuple[dict[str, Any], str, Any]] = []  # and what else is no tensor
+        self._tensors: list[tuple[dict[str, Any], str, Tensor, int, int | None]] = []  # with address and version
         self._made: tuple[Block, Any, Native] | None = None
 
     def __call__(self, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any], shared: Shared) -> Tensor | None:
         """What the block computes, ``[M, 1, D]``; None if it must go its own way."""
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         past = given.get("past_key_values", given.get("layer_past"))
-        mask, M = given.get("attention_mask"), len(x)
+        mask, M = given.get("attention_mask"), x.shape[0]
         if (
             past is None
             or x.shape[1] != 1
-            or x.device.type != "cpu"
+            or not x.is_cpu
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")
             or self._layer.training
@@ -151,12 +152,12 @@ class _NativeBlock:
             return None
         angles = given.get("position_embeddings")
         cos, sin, places = shared.of(angles, (M,), partial(_angles, angles, M))
-        if not self._watched or any(_now(*at[:2]) != at[2:] for at in self._watched):
+        if self._changed():
             self._make(x.dtype, 2 * cos.shape[1])
         if self._made is None or x.dtype != self._dtype or any(self._hooks):
             return None
         block, native, _ = self._made
-        if block.attention.config._attn_implementation != "sdpa":
+        if _implementation(block.attention.config) != "sdpa":
             return None
         seen = None if mask is None else shared.of(mask, (M,), partial(_seen, mask, M))
         if mask is not None and seen is None:
@@ -164,31 +165,48 @@ class _NativeBlock:
 
         threads, x = torch.get_num_threads(), x.contiguous()
         outputs = torch.empty(native.output_floats(M))
-        new = torch.empty(2, M, block.groups, 1, block.head_dim, dtype=x.dtype)
+        keys = torch.empty(M, block.groups, 1, block.head_dim, dtype=x.dtype)
+        values = torch.empty_like(keys)
         native.start(
-            x.data_ptr(), M, cos.data_ptr(), sin.data_ptr(), places.data_ptr(), outputs.data_ptr(), *map(_rows, new),
-            threads,
+            x.data_ptr(), M, cos.data_ptr(), sin.data_ptr(), places.data_ptr(), outputs.data_ptr(), _rows(keys),
+            _rows(values), threads,
         )  # fmt: skip
-        keys, values = past.update(*new, block.attention.layer_idx)
+        keys, values = past.update(keys, values, block.attention.layer_idx)
         if seen is None:
             length = keys.shape[2]
             seen = shared.of(None, (M, length), lambda: torch.tensor([[0] * M, [length] * M]))
         elif mask is not None and mask.shape[-1] != keys.shape[2]:
             raise ValueError(f"attention_mask: expected {keys.shape[2]} positions, as cached, got {mask.shape[-1]}")
-        keys, values = (
-            states.to(x.dtype).contiguous() if not _lies(states, x) else states for states in (keys, values)
-        )
+        if not (_lies(keys, x) and _lies(values, x)):
+            keys, values = keys.to(x.dtype).contiguous(), values.to(x.dtype).contiguous()
         out = torch.empty_like(x)
         native.finish(
-            x.data_ptr(), M, outputs.data_ptr(), _rows(keys), _rows(values), seen.data_ptr(), seen[1].data_ptr(),
-            out.data_ptr(), threads,
+            x.data_ptr(), M, outputs.data_ptr(), _rows(keys), _rows(values), seen.data_ptr(), out.data_ptr(), threads,
         )  # fmt: skip
         return out
 
+    def _changed(self) -> bool:
+        if not self._tensors:
+            return True
+        for held, name, found in self._modules:
+            if held.get(name) is not found:
+                return True
+        for held, name, tensor, address, version in self._tensors:
+            if held.get(name) is not tensor or tensor.data_ptr() != address:
+                return True
+            if version is not None and tensor._version != version:
+                return True
+        return False
+
     def _make(self, dtype: torch.dtype, rotary: int) -> None:
         modules = list(self._layer.modules())
-        held = [(vars(m)[kind], name) for m in modules for kind in _KINDS for name in vars(m)[kind]]
-        self._watched = [(*at, *_now(*at)) for at in held]
+        held = [(vars(m)[kind], *at) for m in modules for kind in _KINDS for at in vars(m)[kind].items()]
+        self._modules = [at for at in held if not isinstance(at[2], Tensor)]
+        self._tensors = [
+            (*at, at[2].data_ptr(), None if at[2].is_inference() else at[2]._version)  # which those do not count
+            for at in held
+            if isinstance(at[2], Tensor)
+        ]
         self._hooks = [hooks for m in modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._dtype, self._made = dtype, None
         if any(isinstance(m, SparseLinear) and m.format == "compact" for m in modules):
@@ -207,12 +225,10 @@ class _NativeBlock:
 _KINDS = ("_parameters", "_buffers", "_modules")
 
 
-def _now(held: dict[str, Any], name: str) -> tuple[int, int]:
-    """What ``held`` has there: which module; or which memory, and how often it was written to."""
-    found = held.get(name)
-    if not isinstance(found, Tensor):
-        return id(found), 0
-    return found.data_ptr(), 0 if found.is_inference() else found._version
+def _implementation(config: Any) -> str:
+    """``config._attn_implementation``, sooner: of every attribute transformers asks whether layers differ in it."""
+    known: str | None = vars(config).get("_attn_implementation_internal")
+    return known or config._attn_implementation
 
 
 def _lies(states: Tensor, x: Tensor) -> bool:
