@@ -229,6 +229,35 @@ float* widen_x(const DecoderParams& p) {
 }
 
 template <class T>
+void narrow_x(const DecoderParams& p) {
+  for (int64_t k = 0; k < p.M * p.D; k += kLanes)
+    store_n(static_cast<T*>(p.out) + k, load_n(p.x + k, p.M * p.D - k), p.M * p.D - k);
+}
+
+// Queries [M, heads, d] in place of x, which become contexts: one is read before it is written.
+template <class T>
+void run_attention(DecoderParams p) {
+  p.x = widen_x<T>(p);
+  Shared s{};
+  s.outputs = s.contexts = p.x;
+  s.stride = p.D;
+#pragma omp parallel num_threads(p.threads) if (p.threads > 1)
+  {
+    static thread_local Scratch scratch;
+    const int64_t padded = round_up(p.d, kLanes);
+    Worker me{};
+    me.t = thread_index();
+    me.threads = thread_count();
+    me.normed = scratch.get<float>(static_cast<size_t>(3 * padded + 2 * kLanes + 2 * wide_floats(padded)));
+    me.state = me.normed + padded;
+    me.query = me.state + padded + 2 * kLanes;
+    me.wide = me.query + padded;
+    attend_heads<T>(p, p.blocks[0], me, s);
+  }
+  narrow_x<T>(p);
+}
+
+template <class T>
 void run_decoder(DecoderParams p) {
   static thread_local Scratch shared_scratch;
   Shared s{};
@@ -268,23 +297,17 @@ void run_decoder(DecoderParams p) {
       multiply(p.head, share_of(p.head, me), me.normed, me, s, p.M, p.logits, p.head.weight.N);
     }
   }
-  for (int64_t k = 0; p.out && k < p.M * p.D; k += kLanes)
-    store_n(static_cast<T*>(p.out) + k, load_n(p.x + k, p.M * p.D - k), p.M * p.D - k);
+  if (p.out) narrow_x<T>(p);
 }
 
 }  // namespace
 
 void decoder(const DecoderParams& p) {
-  switch (p.cache_dtype) {
-    case DType::f32:
-      return run_decoder<float>(p);
-    case DType::bf16:
-      return run_decoder<bf16>(p);
-    case DType::f16:
-      return run_decoder<f16>(p);
-    case DType::i8:
-      return;  // refused where the caches are made
-  }
+  with_float(p.cache_dtype, [&](auto like) { run_decoder<decltype(like)>(p); });
+}
+
+void decode_attention(const DecoderParams& p) {
+  with_float(p.cache_dtype, [&](auto like) { run_attention<decltype(like)>(p); });
 }
 
 #else
@@ -444,6 +467,34 @@ class Decoder {
 }  // namespace
 
 void bind_decoder(py::module_& m) {
+  m.def(
+      "decode_attention",
+      [](Address query, int64_t M, int64_t heads, int64_t groups, int64_t d, float scale, const py::tuple& keys,
+         const py::tuple& values, Address seen, Address out, int dtype, int threads) {
+        DecoderBlock b{};
+        b.q = {heads, 0, d};
+        b.k.count = groups;
+        b.scale = scale;
+        b.keys = cache_of(keys);
+        b.values = cache_of(values);
+        py::gil_scoped_release release;
+        DecoderParams p{};
+        p.blocks = &b;
+        p.D = heads * d;
+        p.d = d;
+        p.cache_dtype = static_cast<DType>(dtype);
+        p.M = M;
+        p.begins = pointer<const int64_t>(seen);
+        p.ends = p.begins + M;
+        p.in = pointer<const void>(query);
+        p.out = pointer<void>(out);
+        p.threads = threads;
+        FASTICL_DISPATCH(decode_attention(p));
+      },
+      "query"_a, "M"_a, "heads"_a, "groups"_a, "d"_a, "scale"_a, "keys"_a, "values"_a, "seen"_a, "out"_a, "dtype"_a,
+      "threads"_a,
+      "out[m, h] = softmax(scale query[m, h] . keys) values over positions seen[0, m] to seen[1, m]; query and out "
+      "[M, heads, d] of keys' dtype, seen [2, M] int64.");
   py::class_<Decoder>(
       m, "Decoder",
       "Blocks of a language model, by the addresses of their tensors, which must outlive it. Its caller "

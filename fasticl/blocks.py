@@ -8,6 +8,7 @@ of cache it is, the attention over what the cache returns, and all that follows.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from types import MethodType
@@ -25,8 +26,8 @@ MAX_TOKENS = 8  # at once: what reads a weight once
 _REMEMBERED = 8  # arguments that blocks share: models have up to two masks and two kinds of angles
 
 
-class Shared:
-    """What blocks make of the arguments that transformers hands to all of them, worked out by the first."""
+class Shared(threading.local):
+    """What layers make of the arguments that transformers hands to all of them, worked out by the first."""
 
     def __init__(self) -> None:
         self._made: dict[Any, tuple[Any, Any]] = {}
@@ -55,7 +56,7 @@ def _angles(given: tuple[Tensor, Tensor] | None, M: int) -> tuple[Tensor, Tensor
     return cos, sin, places
 
 
-def _seen(mask: Tensor, M: int) -> Tensor | None:
+def seen_positions(mask: Tensor, M: int) -> Tensor | None:
     """``[2, M]``, the positions from which and to which each token attends; None if ``mask`` has holes."""
     if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[0] not in (1, M):
         return None
@@ -157,9 +158,9 @@ class _NativeBlock:
         if self._made is None or x.dtype != self._dtype or any(self._hooks):
             return None
         block, native, _ = self._made
-        if _implementation(block.attention.config) != "sdpa":
+        if _implementation(block.attention.config) not in ("sdpa", "fasticl"):
             return None
-        seen = None if mask is None else shared.of(mask, (M,), partial(_seen, mask, M))
+        seen = None if mask is None else shared.of(mask, (M,), partial(seen_positions, mask, M))
         if mask is not None and seen is None:
             return None
 
@@ -168,8 +169,8 @@ class _NativeBlock:
         keys = torch.empty(M, block.groups, 1, block.head_dim, dtype=x.dtype)
         values = torch.empty_like(keys)
         native.start(
-            x.data_ptr(), M, cos.data_ptr(), sin.data_ptr(), places.data_ptr(), outputs.data_ptr(), _rows(keys),
-            _rows(values), threads,
+            x.data_ptr(), M, cos.data_ptr(), sin.data_ptr(), places.data_ptr(), outputs.data_ptr(), rows_of(keys),
+            rows_of(values), threads,
         )  # fmt: skip
         keys, values = past.update(keys, values, block.attention.layer_idx)
         if seen is None:
@@ -177,11 +178,12 @@ class _NativeBlock:
             seen = shared.of(None, (M, length), lambda: torch.tensor([[0] * M, [length] * M]))
         elif mask is not None and mask.shape[-1] != keys.shape[2]:
             raise ValueError(f"attention_mask: expected {keys.shape[2]} positions, as cached, got {mask.shape[-1]}")
-        if not (_lies(keys, x) and _lies(values, x)):
+        if not (lies_by_rows(keys) and lies_by_rows(values) and keys.dtype == values.dtype == x.dtype):
             keys, values = keys.to(x.dtype).contiguous(), values.to(x.dtype).contiguous()
         out = torch.empty_like(x)
         native.finish(
-            x.data_ptr(), M, outputs.data_ptr(), _rows(keys), _rows(values), seen.data_ptr(), out.data_ptr(), threads,
+            x.data_ptr(), M, outputs.data_ptr(), rows_of(keys), rows_of(values), seen.data_ptr(), out.data_ptr(),
+            threads,
         )  # fmt: skip
         return out
 
@@ -231,11 +233,13 @@ def _implementation(config: Any) -> str:
     return known or config._attn_implementation
 
 
-def _lies(states: Tensor, x: Tensor) -> bool:
-    return states.dtype == x.dtype and states.stride()[2:] == (states.shape[3], 1)
+def lies_by_rows(states: Tensor) -> bool:
+    """Whether ``[B, G, n, d]`` states may be read where they are: the last two dimensions close."""
+    return states.stride()[2:] == (states.shape[3], 1)
 
 
-def _rows(states: Tensor) -> tuple[int, int, int]:
+def rows_of(states: Tensor) -> tuple[int, int, int]:
+    """Such states as C++ takes them: address, and strides of a sequence and of a head."""
     return states.data_ptr(), states.stride(0), states.stride(1)
 
 

@@ -557,12 +557,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 class _AfterImport(MetaPathFinder):
-    """Registers the plug-in as soon as transformers' registry has been imported: FastICL itself does not import it."""
+    """Registers ours as soon as transformers' registry has been imported: FastICL itself does not import it."""
 
-    REGISTRY = "transformers.quantizers.auto"
+    def __init__(self, registry: str) -> None:
+        self._registry = registry
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        if fullname != self.REGISTRY or self not in sys.meta_path:
+        if fullname != self._registry or self not in sys.meta_path:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
@@ -572,27 +573,34 @@ class _AfterImport(MetaPathFinder):
             def execute_and_register(module: ModuleType) -> None:
                 execute(module)
                 sys.modules.setdefault(fullname, module)
-                _register()
+                _register(self._registry)
 
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 
 
-def _register() -> None:
-    try:
-        from fasticl import huggingface
+# What transformers lacks without each registration, and who makes it.
+_REGISTRIES = {
+    "transformers.quantizers.auto": ("FastICL's checkpoints", "fasticl.huggingface"),
+    "transformers.modeling_utils": ("the attention named fasticl", "fasticl.attention"),
+}
 
-        huggingface.register()
+
+def _register(registry: str) -> None:
+    lacking, ours = _REGISTRIES[registry]
+    try:
+        importlib.import_module(ours).register()
     except (AttributeError, ImportError) as error:  # a transformers without these names must still be imported
-        warnings.warn(f"transformers cannot load FastICL's checkpoints: {error}", UserWarning, stacklevel=2)
+        warnings.warn(f"transformers cannot load {lacking}: {error}", UserWarning, stacklevel=2)
 
 
 def register_when_imported() -> None:
-    """Makes transformers' ``from_pretrained`` read FastICL's checkpoints, whichever of the two is imported first."""
-    if _AfterImport.REGISTRY in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
+    """Makes transformers know FastICL's checkpoints and attention, whichever of the two is imported first."""
+    for registry in _REGISTRIES:
+        if registry in sys.modules:
+            _register(registry)
+        else:
+            sys.meta_path.insert(0, _AfterImport(registry))
 
 
 def make_serializable(model: nn.Module) -> None:

@@ -581,7 +581,7 @@ def sweep(
     windows: Annotated[int, typer.Option(min=1, help="Calibration texts, consecutive in the file.")] = 32,
     length: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 128,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Of the text; default: all.")] = None,
-    seconds: Annotated[float, typer.Option(min=0.01, help="Of timing, for each point's prefill and decode.")] = 5.0,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Of timing, for each point's prefill and decode.")] = 12.0,
     threads: Threads = None,
     dtype: OwnDtype = None,
     device: Device = "cpu",

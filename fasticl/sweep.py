@@ -100,7 +100,7 @@ class Measure:
     shots: int = 8
     prefill: int = 128
     decode: int = 16
-    seconds: float = 5.0
+    seconds: float = 12.0
 
     def __post_init__(self) -> None:
         if self.text == self.calibration:

@@ -775,7 +775,7 @@ def test_transformers_without_the_plug_in_is_imported(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "fasticl.huggingface", None)
     monkeypatch.delattr(fasticl, "huggingface")
     with pytest.warns(UserWarning, match="transformers cannot load FastICL's checkpoints"):
-        checkpoint._register()
+        checkpoint._register("transformers.quantizers.auto")
 
 
 def test_one_device_may_be_named(saved: Path) -> None:
