@@ -12,14 +12,15 @@
 
 namespace {
 
+constexpr int64_t kGroupHeads = 8;  // that share the reading of a group's keys and values
+
 // What one thread holds while tokens pass. All float32.
 struct Worker {
   int64_t t, threads;
   float* normed;    // [M, stride]
   float* arranged;  // [M, stride], the input of a linear in the order of its values
-  float* state;     // attention: sums, total, largest score
-  float* query;     // attention: spread
-  float* wide;
+  // Of attention: [kGroupHeads, padded] each, sums with a vector more; and a block of keys or values.
+  float *queries, *spreads, *sums, *wide;
   uint8_t* spare;
 };
 
@@ -136,23 +137,53 @@ void place_heads(const DecoderParams& p, const DecoderBlock& b, const Worker& me
   }
 }
 
+// contexts[h] = sum_i softmax_i(q_h . k_i) v_i for `heads` of one group, whose keys and values are read, and converted,
+// once for all; queries [heads, padded] are scaled, contexts [heads, d].
+template <class T>
+void attend_group(const T* keys, const T* values, int64_t n, int64_t d, int64_t heads, const Worker& me,
+                  float* contexts) {
+  const int64_t padded = round_up(d, kLanes), block = block_rows(padded);
+  Softmax softmax[kGroupHeads];
+  Vec scale[kGroupHeads];
+  float weight[kGroupHeads][kMaxBlock];
+  for (int64_t h = 0; h < heads; h++) softmax[h] = nothing_seen();
+  for (int64_t k = 0; k < heads * padded; k += kLanes) store(me.sums + k, zero());
+  for (int64_t i = 0; i < n; i += block) {
+    const int64_t count = least(block, n - i);
+    const Rows r = rows_of(keys + i * d, d, count, d, me.wide);
+    for (int64_t h = 0; h < heads; h++) {
+      if (i == 0) spread(r, me.queries + h * padded, me.spreads + h * padded);
+      scale[h] = add_scores(r, count, me.spreads + h * padded, weight[h], softmax[h]);
+    }
+    const Rows v = rows_of(values + i * d, d, count, d, me.wide);
+    for (int64_t h = 0; h < heads; h++) add_rows(v, count, weight[h], scale[h], me.sums + h * padded);
+    if (i + block < n) continue;
+    for (int64_t h = 0; h < heads; h++) gather(v, me.sums + h * padded);
+  }
+  for (int64_t h = 0; h < heads; h++) {
+    const Vec total = set1(sum(softmax[h].total));
+    for (int64_t k = 0; k < d; k += kLanes)
+      store_n(contexts + h * d + k, load(me.sums + h * padded + k) / total, d - k);
+  }
+}
+
 // contexts[m, h] = sum_i softmax_i(scale q_h . k_i) v_i for this thread's share of the queries' heads.
 template <class T>
 void attend_heads(const DecoderParams& p, const DecoderBlock& b, const Worker& me, const Shared& s) {
-  const int64_t padded = round_up(p.d, kLanes), total = p.M * b.q.count;
-  for (int64_t i = total * me.t / me.threads; i < total * (me.t + 1) / me.threads; i++) {
+  const int64_t padded = round_up(p.d, kLanes), all = p.M * b.q.count, shared = b.q.count / b.k.count;
+  const int64_t last = all * (me.t + 1) / me.threads;
+  for (int64_t i = all * me.t / me.threads, heads; i < last; i += heads) {
     const int64_t m = i / b.q.count, h = i % b.q.count;
+    heads = least(least(shared - h % shared, kGroupHeads), last - i);
+    for (int64_t j = 0; j < heads; j++) {
+      const float* q = s.outputs + m * s.stride + b.q.first + (h + j) * b.q.step;
+      float* query = me.queries + j * padded;
+      for (int64_t k = 0; k < p.d; k += kLanes) store(query + k, load_n(q + k, p.d - k) * set1(b.scale));
+    }
     const int64_t begin = b.window && p.ends[m] - p.begins[m] > b.window ? p.ends[m] - b.window : p.begins[m];
-    float* query = me.normed;  // free by now, and as long as a head at least
-    const float* q = s.outputs + m * s.stride + b.q.first + h * b.q.step;
-    for (int64_t k = 0; k < p.d; k += kLanes) store(query + k, load_n(q + k, p.d - k) * set1(b.scale));
-    const int64_t group = h * b.k.count / b.q.count;
-    attend(static_cast<const T*>(b.keys.data) + b.keys.at(m, group) + begin * p.d,
-           static_cast<const T*>(b.values.data) + b.values.at(m, group) + begin * p.d, p.d, p.ends[m] - begin, p.d,
-           query, me.state, me.query, me.wide);
-    const Vec sum_of = set1(sum(load(me.state + padded)));
-    float* context = s.contexts + m * s.stride + h * p.d;
-    for (int64_t k = 0; k < p.d; k += kLanes) store_n(context + k, load(me.state + k) / sum_of, p.d - k);
+    attend_group(static_cast<const T*>(b.keys.data) + b.keys.at(m, h / shared) + begin * p.d,
+                 static_cast<const T*>(b.values.data) + b.values.at(m, h / shared) + begin * p.d, p.ends[m] - begin,
+                 p.d, heads, me, s.contexts + m * s.stride + h * p.d);
   }
 }
 
@@ -228,6 +259,19 @@ float* widen_x(const DecoderParams& p) {
   return x;
 }
 
+inline int64_t attention_floats(int64_t d) {
+  const int64_t padded = round_up(d, kLanes);
+  return 3 * kGroupHeads * padded + kLanes + wide_floats(padded);
+}
+
+inline void lay_out_attention(int64_t d, float* floats, Worker& me) {
+  const int64_t each = kGroupHeads * round_up(d, kLanes);
+  me.queries = floats;
+  me.spreads = me.queries + each;
+  me.sums = me.spreads + each;
+  me.wide = me.sums + each + kLanes;
+}
+
 template <class T>
 void narrow_x(const DecoderParams& p) {
   for (int64_t k = 0; k < p.M * p.D; k += kLanes)
@@ -244,14 +288,10 @@ void run_attention(DecoderParams p) {
 #pragma omp parallel num_threads(p.threads) if (p.threads > 1)
   {
     static thread_local Scratch scratch;
-    const int64_t padded = round_up(p.d, kLanes);
     Worker me{};
     me.t = thread_index();
     me.threads = thread_count();
-    me.normed = scratch.get<float>(static_cast<size_t>(3 * padded + 2 * kLanes + 2 * wide_floats(padded)));
-    me.state = me.normed + padded;
-    me.query = me.state + padded + 2 * kLanes;
-    me.wide = me.query + padded;
+    lay_out_attention(p.d, scratch.get<float>(static_cast<size_t>(attention_floats(p.d))), me);
     attend_heads<T>(p, p.blocks[0], me, s);
   }
   narrow_x<T>(p);
@@ -271,16 +311,12 @@ void run_decoder(DecoderParams p) {
 #pragma omp parallel num_threads(p.threads) if (p.threads > 1)
   {
     static thread_local Scratch own_scratch, spare_scratch;
-    const int64_t padded = round_up(p.d, kLanes);
     Worker me{};
     me.t = thread_index();
     me.threads = thread_count();
-    me.normed =
-        own_scratch.get<float>(static_cast<size_t>(2 * floats + 2 * padded + 2 * kLanes + 2 * wide_floats(padded)));
+    me.normed = own_scratch.get<float>(static_cast<size_t>(2 * floats + attention_floats(p.d)));
     me.arranged = me.normed + floats;
-    me.state = me.arranged + floats;
-    me.query = me.state + padded + 2 * kLanes;
-    me.wide = me.query + padded;
+    lay_out_attention(p.d, me.arranged + floats, me);
     me.spare = spare_scratch.get<uint8_t>(static_cast<size_t>(spare_row_bytes<float>(p.widest)));
     for (int64_t i = 0; i < p.count; i++) {
       if (p.part != Part::finish) start_block<T>(p, p.blocks[i], me, s);

@@ -145,45 +145,61 @@ FASTICL_INLINE Vec decay(Vec a) {
 // Floats that attend wants for `wide`, d rounded up to whole vectors.
 inline int64_t wide_floats(int64_t padded) { return padded * kDotRows + kBlockFloats; }
 
+// What an online softmax has seen so far: the largest score, and sum_i e^(s_i - highest) in 16 parts.
+struct Softmax {
+  float highest;
+  Vec total;
+};
+FASTICL_INLINE Softmax nothing_seen() { return {-3.4028235e38f, zero()}; }  // finite: e^(-inf - highest) is 0, not NaN
+
+// Adds the scores s_i = r_i . x of `count` rows; weight[i] = e^(s_i - highest). Returns what earlier weights shrink by.
+inline Vec add_scores(const Rows& r, int64_t count, const float* x, float* weight, Softmax& s) {
+  Vec top = set1(s.highest);
+  for (int64_t j = 0; j < count; j += kLanes) {
+    const Vec score =
+        where_less(lanes(), set1(static_cast<float>(count - j)), dot_rows(r, j, count, x), set1(-__builtin_inff()));
+    store(weight + j, score);
+    top = max(score, top);  // passes over NaN, which reaches the sums through exp
+  }
+  const float before = s.highest;
+  s.highest = max_lane(top);
+  const Vec scale = decay(set1(before - s.highest));
+  s.total = s.total * scale;
+  for (int64_t j = 0; j < count; j += kLanes) {
+    const Vec e = decay(load(weight + j) - set1(s.highest));
+    store(weight + j, e);
+    s.total = s.total + e;
+  }
+  return scale;
+}
+
+// Rows of d, rounded up to whole vectors, in one step of the softmax.
+inline int64_t block_rows(int64_t padded) {
+  const int64_t fit = least(kBlockFloats / padded, kMaxBlock);
+  return fit < kDotRows ? kDotRows : fit / kDotRows * kDotRows;
+}
+
 // Online softmax over n rows of keys and of values, which may be the same: acc = sum_i v_i e^(s_i - max),
 // s_i = k_i . query; behind acc's d values, rounded up to vectors, come total = sum_i e^(s_i - max), in 16 parts, and
 // max. x holds the query, spread; wide a block of rows, then one of values.
 template <class T>
 void attend(const T* keys, const T* values, int64_t stride, int64_t n, int64_t d, const float* query, float* acc,
             float* x, float* wide) {
-  const int64_t padded = round_up(d, kLanes);
-  const int64_t fit = least(kBlockFloats / padded, kMaxBlock);
-  const int64_t block = fit < kDotRows ? kDotRows : fit / kDotRows * kDotRows;
-  float highest = -3.4028235e38f;  // finite: e^(-inf - highest) is then 0, not NaN
-  Vec total = zero();
+  const int64_t padded = round_up(d, kLanes), block = block_rows(padded);
+  Softmax softmax = nothing_seen();
   float weight[kMaxBlock];
   for (int64_t k = 0; k < padded; k += kLanes) store(acc + k, zero());
   for (int64_t i = 0; i < n; i += block) {
     const int64_t count = least(block, n - i);
     const Rows r = rows_of(keys + i * stride, stride, count, d, wide);
     if (i == 0) spread(r, query, x);
-    Vec top = set1(highest);
-    for (int64_t j = 0; j < count; j += kLanes) {
-      const Vec s =
-          where_less(lanes(), set1(static_cast<float>(count - j)), dot_rows(r, j, count, x), set1(-__builtin_inff()));
-      store(weight + j, s);
-      top = max(s, top);  // passes over NaN, which reaches the sums through exp
-    }
-    const float before = highest;
-    highest = max_lane(top);
-    const Vec scale = decay(set1(before - highest));
-    total = total * scale;
-    for (int64_t j = 0; j < count; j += kLanes) {
-      const Vec e = decay(load(weight + j) - set1(highest));
-      store(weight + j, e);
-      total = total + e;
-    }
+    const Vec scale = add_scores(r, count, x, weight, softmax);
     const Rows v = values == keys ? r : rows_of(values + i * stride, stride, count, d, wide + wide_floats(padded));
     add_rows(v, count, weight, scale, acc);
     if (i + block >= n) gather(v, acc);
   }
-  store(acc + padded, total);
-  acc[padded + kLanes] = highest;
+  store(acc + padded, softmax.total);
+  acc[padded + kLanes] = softmax.highest;
 }
 
 }  // namespace
