@@ -31,6 +31,7 @@ class Block:
     heads: int
     groups: int  # heads of keys and of values
     head_dim: int
+    scale: float  # of q . k
     norm: nn.Module
     qkv: tuple[nn.Module, ...]  # (q, k, v), or one linear with the outputs of all
     out: nn.Module
@@ -46,7 +47,6 @@ class Block:
     parallel: bool = False
     interleaved: bool = False  # one linear whose outputs are q, k and v of head 0, then of head 1, ...
     window: int | None = None
-    scale: float | None = None  # None: d ** -0.5
     layer_type: str | None = None  # of rotary_emb, where it has angles for several
 
 
@@ -79,7 +79,7 @@ class Native:
     def _float(self, x: Tensor | None) -> int:
         return 0 if x is None else self.address(x.detach().float().contiguous())
 
-    def norm(self, norm: Any) -> dict[str, Any] | None:
+    def norm(self, norm: Any, size: int) -> dict[str, Any] | None:
         if norm is None:
             return None
         centred = isinstance(norm, nn.LayerNorm)
@@ -87,6 +87,8 @@ class Native:
         weight = norm.weight if norm.weight is not None else torch.ones(norm.normalized_shape)
         if type(norm).__name__.startswith("Gemma"):
             weight = 1 + weight.float()
+        if weight.numel() != size:
+            raise ValueError(f"model: expected a norm of {size}, got {weight.numel()}")
         return {"weight": self._float(weight), "bias": self._float(getattr(norm, "bias", None)), "eps": eps,
                 "centred": centred}  # fmt: skip
 
@@ -102,26 +104,42 @@ class Native:
         else:
             values = dense_weight(linear).detach().contiguous()
             N, K = values.shape
+        bias = dense_bias(linear)
+        if bias is not None and bias.numel() != N:
+            raise ValueError(f"model: expected a bias of {N}, got {bias.numel()}")
         return {
             "values": self.address(values), "bitmask": bitmask, "row_offsets": offsets, "N": N, "K": K,
             "row_values": values.numel() // max(1, N), "dtype": VALUE_DTYPES[values.dtype],
-            "scales": self._float(scales), "bias": self._float(dense_bias(linear)),
+            "scales": self._float(scales), "bias": self._float(bias),
         }  # fmt: skip
 
-    def block(self, block: Block, rotary: int, **own: Any) -> dict[str, Any]:
-        """``rotary``: leading dimensions of a head that positions turn; ``own``: what else the caller sets."""
+    def block(self, block: Block, D: int, rotary: int, **own: Any) -> dict[str, Any]:
+        """``rotary``: leading dimensions of a head that positions turn; ``own``: what else the caller sets.
+
+        Raises:
+            ValueError: a weight has not the shape that the model's configuration says.
+        """
         heads, groups, d = block.heads, block.groups, block.head_dim
         step, sizes = (3 * d, (0, d, 2 * d)) if block.interleaved else (d, (0, heads * d, (heads + groups) * d))
+        linears = {name: self.linear(getattr(block, name)) for name in ("out", "up", "down")}
+        gate = None if block.gate is None else self.linear(block.gate)
+        qkv, inner = [self.linear(part) for part in block.qkv], linears["up"]["N"]
+        rows = (heads * d, groups * d, groups * d) if len(qkv) == 3 else ((heads + 2 * groups) * d,)
+        shapes = [(D, heads * d), (inner, D), (D, inner), (inner, D), *((n, D) for n in rows)]
+        for linear, (N, K) in zip((*linears.values(), gate, *qkv), shapes, strict=True):
+            if linear is not None and (linear["N"], linear["K"]) != (N, K):
+                where, found = f"layer {block.attention.layer_idx}", f"[{linear['N']}, {linear['K']}]"
+                raise ValueError(f"model: {where}: expected a weight of [{N}, {K}] by its configuration, got {found}")
         return {
-            **{name: self.norm(getattr(block, name)) for name in ("norm", "q_norm", "k_norm", "out_norm")},
-            **{name: self.norm(getattr(block, name)) for name in ("mlp_norm", "mlp_out_norm")},
-            **{name: self.linear(getattr(block, name)) for name in ("out", "up", "down")},
-            "gate": None if block.gate is None else self.linear(block.gate),
-            "qkv": [self.linear(part) for part in block.qkv],
+            **{name: self.norm(getattr(block, name), D) for name in ("norm", "out_norm", "mlp_norm", "mlp_out_norm")},
+            **{name: self.norm(getattr(block, name), d) for name in ("q_norm", "k_norm")},
+            **linears,
+            "gate": gate,
+            "qkv": qkv,
             "q": (heads, sizes[0], step),
             "k": (groups, sizes[1], step),
             "v": (groups, sizes[2], step),
-            "scale": d**-0.5 if block.scale is None else block.scale,
+            "scale": block.scale,
             "rotary": rotary,
             "parallel": block.parallel,
             "activation": ACTIVATIONS[block.activation],
@@ -185,10 +203,11 @@ def _mlp(module: nn.Module, activation: str, names: tuple[str, ...]) -> dict[str
     return {**dict(zip(("up", "down", "gate"), parts, strict=False)), "activation": _ACTIVATIONS[activation]}
 
 
-def _heads(config: Any) -> dict[str, Any]:
+def _heads(attention: Any, config: Any) -> dict[str, Any]:
     heads = config.num_attention_heads
     d = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return {"heads": heads, "groups": getattr(config, "num_key_value_heads", None) or heads, "head_dim": d}
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    return {"heads": heads, "groups": groups, "head_dim": d, "scale": attention.scaling}
 
 
 def _llama_block(layer: Any, config: Any) -> Block:
@@ -197,6 +216,8 @@ def _llama_block(layer: Any, config: Any) -> Block:
     gemma = config.model_type == "gemma3_text"
     norms = {"mlp_norm": layer.post_attention_layernorm}
     if gemma:
+        if config.attn_logit_softcapping is not None or config.use_bidirectional_attention:
+            raise ValueError("model: expected a Gemma 3 with causal attention whose scores are not capped")
         norms = {
             "out_norm": layer.post_attention_layernorm,
             "mlp_norm": layer.pre_feedforward_layernorm,
@@ -206,7 +227,7 @@ def _llama_block(layer: Any, config: Any) -> Block:
     return Block(
         module=layer,
         attention=attention,
-        **_heads(config),
+        **_heads(attention, config),
         norm=layer.input_layernorm,
         qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
         out=attention.o_proj,
@@ -215,14 +236,13 @@ def _llama_block(layer: Any, config: Any) -> Block:
         **norms,
         **_mlp(layer.mlp, activation, ("up_proj", "down_proj", "gate_proj")),
         window=config.sliding_window if config.model_type == "mistral" else getattr(attention, "sliding_window", None),
-        scale=attention.scaling,
         layer_type=attention.layer_type if gemma else None,
     )
 
 
 def _gpt2_block(layer: Any, config: Any) -> Block:
     return Block(
-        module=layer, attention=layer.attn, **_heads(config),
+        module=layer, attention=layer.attn, **_heads(layer.attn, config),
         norm=layer.ln_1, qkv=(layer.attn.c_attn,), out=layer.attn.c_proj, mlp_norm=layer.ln_2,
         **_mlp(layer.mlp, config.activation_function, ("c_fc", "c_proj")),
     )  # fmt: skip
@@ -230,7 +250,7 @@ def _gpt2_block(layer: Any, config: Any) -> Block:
 
 def _gpt_neox_block(layer: Any, config: Any) -> Block:
     return Block(
-        module=layer, attention=layer.attention, **_heads(config),
+        module=layer, attention=layer.attention, **_heads(layer.attention, config),
         norm=layer.input_layernorm, qkv=(layer.attention.query_key_value,), out=layer.attention.dense,
         mlp_norm=layer.post_attention_layernorm, parallel=config.use_parallel_residual, interleaved=True,
         **_mlp(layer.mlp, config.hidden_act, ("dense_h_to_4h", "dense_4h_to_h")),
@@ -242,7 +262,7 @@ def _opt_block(layer: Any, config: Any) -> Block:
         raise ValueError("model: expected an OPT with its norms before the layers")
     attention = layer.self_attn
     return Block(
-        module=layer, attention=attention, **_heads(config),
+        module=layer, attention=attention, **_heads(attention, config),
         norm=layer.self_attn_layer_norm, out=attention.out_proj, mlp_norm=layer.final_layer_norm,
         qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
         **_mlp(layer, config.activation_function, ("fc1", "fc2")),
@@ -252,7 +272,7 @@ def _opt_block(layer: Any, config: Any) -> Block:
 def _phi_block(layer: Any, config: Any) -> Block:
     attention = layer.self_attn
     return Block(
-        module=layer, attention=attention, **_heads(config),
+        module=layer, attention=attention, **_heads(attention, config),
         norm=layer.input_layernorm, out=attention.dense, mlp_norm=layer.input_layernorm, parallel=True,
         qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
         q_norm=getattr(attention, "q_layernorm", None), k_norm=getattr(attention, "k_layernorm", None),
@@ -279,5 +299,7 @@ def _parts(model: Any, blocks: list[Block], config: Any) -> Parts:
         return Parts(
             blocks, base.final_layer_norm, base.embed_tokens, base.embed_positions, base.embed_positions.offset
         )
+    if getattr(config, "final_logit_softcapping", None) is not None:
+        raise ValueError("model: expected a Gemma 3 whose logits are not capped (final_logit_softcapping)")
     norm = base.final_layernorm if config.model_type == "phi" else base.norm
     return Parts(blocks, norm, base.embed_tokens, rotary=base.rotary_emb)

@@ -53,9 +53,9 @@ def attention(
     seen = None
     if plain and attention_mask is None:
         n = key.shape[2]
-        seen = _shared.of(None, (M, n), lambda: torch.tensor([[0] * M, [n] * M]))
+        seen = _shared.of(module, None, (M, n), lambda: torch.tensor([[0] * M, [n] * M]))
     elif plain and attention_mask is not None and attention_mask.shape[-1] == key.shape[2]:
-        seen = _shared.of(attention_mask, (M,), partial(seen_positions, attention_mask, M))
+        seen = _shared.of(module, attention_mask, (M,), partial(seen_positions, attention_mask, M))
     if seen is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

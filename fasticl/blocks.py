@@ -27,32 +27,41 @@ _REMEMBERED = 8  # arguments that blocks share: models have up to two masks and 
 
 
 class Shared(threading.local):
-    """What layers make of the arguments that transformers hands to all of them, worked out by the first."""
+    """What layers make of the arguments that transformers hands to all of them, worked out by the first.
+
+    Each thread has its own.
+    """
 
     def __init__(self) -> None:
-        self._made: dict[Any, tuple[Any, Any]] = {}
+        self._made: dict[Any, tuple[Any, Any, set[int]]] = {}
 
     def __reduce__(self) -> tuple[type[Shared], tuple[()]]:
         return Shared, ()
 
-    def of(self, given: Any, more: tuple[int, ...], make: Callable[[], Any]) -> Any:
-        """``make()``, or what it gave for the same object ``given`` and numbers ``more`` before."""
+    def of(self, layer: nn.Module, given: Any, more: tuple[int, ...], make: Callable[[], Any]) -> Any:
+        """``make()``, or what it gave other layers for the same object ``given`` and numbers ``more``.
+
+        A layer that asks again is in the model's next pass, for which ``given`` may have been written over.
+        """
         key = (id(given), *more)
-        if key not in self._made:
+        if key not in self._made or id(layer) in self._made[key][2]:
+            self._made.pop(key, None)
             if len(self._made) == _REMEMBERED:
                 del self._made[next(iter(self._made))]
-            self._made[key] = given, make()  # held, so that no other object gets its id
-        return self._made[key][1]
+            self._made[key] = given, make(), set()  # held, so that no other object gets its id
+        _, made, asked = self._made[key]
+        asked.add(id(layer))
+        return made
 
 
 def _angles(given: tuple[Tensor, Tensor] | None, M: int) -> tuple[Tensor, Tensor, Tensor]:
     """cos and sin, float32 ``[M or 1, rotary / 2]``, and ``[2, M]`` each token's row there and its key's slot."""
+    places = torch.zeros(2, M, dtype=torch.long, device="cpu")
     if given is None:
-        return torch.empty(M, 0), torch.empty(M, 0), torch.zeros(2, M, dtype=torch.long)
+        return torch.empty(M, 0), torch.empty(M, 0), places
     cos, sin = (x[:, -1, : x.shape[-1] // 2].float().contiguous() for x in given)
-    places = torch.zeros(2, M, dtype=torch.long)
     if len(cos) == M:
-        places[0] = torch.arange(M)
+        places[0] = torch.arange(M, device="cpu")
     return cos, sin, places
 
 
@@ -75,6 +84,7 @@ class FusedBlock:
 
     most_tokens: int
     shared: Shared
+    _types: list[type]
     _native: _NativeBlock | None = None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -115,14 +125,31 @@ def fuse(layer: nn.Module, most_tokens: int, shared: Shared) -> None:
     if not isinstance(layer, FusedBlock):
         layer.__class__ = _fused_class(_plain_class(layer))
     layer.most_tokens, layer.shared, layer._native = most_tokens, shared, None  # type: ignore[assignment]
+    layer._types = list(map(type, _parts(layer)))  # type: ignore[assignment]
 
 
 def unfuse(layer: nn.Module) -> None:
     """Takes :func:`fuse` back."""
     if isinstance(layer, FusedBlock):
         layer.__class__ = _plain_class(layer)
-        for name in ("most_tokens", "shared", "_native"):
+        for name in ("most_tokens", "shared", "_types", "_native"):
             layer.__dict__.pop(name, None)
+
+
+def _parts(layer: nn.Module) -> list[nn.Module]:
+    return list(layer.modules())[1:]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling ``module`` does more than its class's forward.
+
+    Hooks that transformers leaves for ever in a model that was asked for its hidden states or attentions do not count:
+    a block's own are called, and those within it record nothing of attention by "sdpa".
+    """
+    own = vars(module)
+    hooks = [hook for kind in ("_forward_hooks", "_forward_pre_hooks") if own[kind] for hook in own[kind].values()]
+    known = "transformers.utils.output_capturing"
+    return "forward" in own or any(getattr(hook, "__module__", None) != known for hook in hooks)
 
 
 class _NativeBlock:
@@ -131,7 +158,7 @@ class _NativeBlock:
     def __init__(self, layer: Any) -> None:
         self._layer = layer
         self._names = tuple(inspect.signature(_plain_class(layer).forward).parameters)[2:]
-        self._modules: list[tuple[dict[str, Any], str, Any]] = []  # and what else is no tensor
+        self._modules: list[tuple[dict[str, Any], str, Any]] = []  # and what else is no plain tensor
         self._tensors: list[tuple[dict[str, Any], str, Tensor, int, int | None]] = []  # with address and version
         self._made: tuple[Block, Any, Native] | None = None
 
@@ -152,21 +179,22 @@ class _NativeBlock:
         ):
             return None
         angles = given.get("position_embeddings")
-        cos, sin, places = shared.of(angles, (M,), partial(_angles, angles, M))
+        cos, sin, places = shared.of(self._layer, angles, (M,), partial(_angles, angles, M))
+        like = x.dtype, x.shape[2], 2 * cos.shape[1]
         if self._changed():
-            self._make(x.dtype, 2 * cos.shape[1])
-        if self._made is None or x.dtype != self._dtype or any(self._hooks):
+            self._make(*like)
+        if self._made is None or like != self._like or self._bypassed():
             return None
         block, native, _ = self._made
         if _implementation(block.attention.config) not in ("sdpa", "fasticl"):
             return None
-        seen = None if mask is None else shared.of(mask, (M,), partial(seen_positions, mask, M))
+        seen = None if mask is None else shared.of(self._layer, mask, (M,), partial(seen_positions, mask, M))
         if mask is not None and seen is None:
             return None
 
         threads, x = torch.get_num_threads(), x.contiguous()
-        outputs = torch.empty(native.output_floats(M))
-        keys = torch.empty(M, block.groups, 1, block.head_dim, dtype=x.dtype)
+        outputs = x.new_empty(native.output_floats(M), dtype=torch.float32)
+        keys = x.new_empty(M, block.groups, 1, block.head_dim)
         values = torch.empty_like(keys)
         native.start(
             x.data_ptr(), M, cos.data_ptr(), sin.data_ptr(), places.data_ptr(), outputs.data_ptr(), rows_of(keys),
@@ -175,7 +203,7 @@ class _NativeBlock:
         keys, values = past.update(keys, values, block.attention.layer_idx)
         if seen is None:
             length = keys.shape[2]
-            seen = shared.of(None, (M, length), lambda: torch.tensor([[0] * M, [length] * M]))
+            seen = shared.of(self._layer, None, (M, length), lambda: places.new_tensor([[0] * M, [length] * M]))
         elif mask is not None and mask.shape[-1] != keys.shape[2]:
             raise ValueError(f"attention_mask: expected {keys.shape[2]} positions, as cached, got {mask.shape[-1]}")
         if not (lies_by_rows(keys) and lies_by_rows(values) and keys.dtype == values.dtype == x.dtype):
@@ -186,6 +214,15 @@ class _NativeBlock:
             threads,
         )  # fmt: skip
         return out
+
+    def _bypassed(self) -> bool:
+        """Whether calling a module would do more than its class's forward, or its class is one never compared."""
+        for (module, own, hooks, pre_hooks), compared in zip(self._parts, self._layer._types, strict=False):
+            if type(module) is not compared:
+                return True
+            if (hooks or pre_hooks or "forward" in own) and has_hooks(module):
+                return True
+        return len(self._parts) != len(self._layer._types)
 
     def _changed(self) -> bool:
         if not self._tensors:
@@ -200,31 +237,35 @@ class _NativeBlock:
                 return True
         return False
 
-    def _make(self, dtype: torch.dtype, rotary: int) -> None:
-        modules = list(self._layer.modules())
+    def _make(self, dtype: torch.dtype, D: int, rotary: int) -> None:
+        parts = _parts(self._layer)
+        self._parts = [(m, vars(m), m._forward_hooks, m._forward_pre_hooks) for m in parts]
+        self._like, self._made = (dtype, D, rotary), None
+        modules = [self._layer, *parts]
         held = [(vars(m)[kind], *at) for m in modules for kind in _KINDS for at in vars(m)[kind].items()]
-        self._modules = [at for at in held if not isinstance(at[2], Tensor)]
-        self._tensors = [
+        plain = [at for at in held if type(at[2]) in _PLAIN]
+        if (
+            dtype in DTYPES
+            and len(plain) == sum(isinstance(at[2], Tensor) for at in held)  # of others, only they know what lies where
+            and not any(isinstance(m, SparseLinear) and m.format == "compact" for m in modules)  # no kernel for it
+        ):
+            native = Native()
+            native.held += [at[2].detach() for at in plain]  # so that nothing else gets the address of what was copied
+            try:
+                block = block_of(self._layer)
+                own = native.block(block, D, rotary, window=0, cos=0, sin=0, keys=(0, 0, 0), cached_values=(0, 0, 0))
+                self._made = block, _C.Decoder(D, block.head_dim, DTYPES[dtype], [own], None, None), native
+            except (AttributeError, KeyError, TypeError, ValueError):  # a layer is not what its architecture has there
+                pass
+        self._modules = [at for at in held if type(at[2]) not in _PLAIN]
+        self._tensors = [  # at last: other threads may look
             (*at, at[2].data_ptr(), None if at[2].is_inference() else at[2]._version)  # which those do not count
-            for at in held
-            if isinstance(at[2], Tensor)
+            for at in plain
         ]
-        self._hooks = [hooks for m in modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self._dtype, self._made = dtype, None
-        if any(isinstance(m, SparseLinear) and m.format == "compact" for m in modules):
-            return  # C++ has no kernel for it
-        native = Native()
-        try:
-            block = block_of(self._layer)
-            own = native.block(block, rotary, window=0, cos=0, sin=0, keys=(0, 0, 0), cached_values=(0, 0, 0))
-        except (AttributeError, KeyError, TypeError, ValueError):  # a layer is not what its architecture has there
-            return
-        if dtype in DTYPES and not any("forward" in vars(m) for m in modules):
-            D = own["out"]["N"]
-            self._made = block, _C.Decoder(D, block.head_dim, DTYPES[dtype], [own], None, None), native
 
 
 _KINDS = ("_parameters", "_buffers", "_modules")
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def _implementation(config: Any) -> str:

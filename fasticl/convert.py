@@ -20,7 +20,6 @@ from fasticl.nn import SparseLinear, SparseMLP, dense_weight
 from fasticl.prune import detect_pattern
 from fasticl.replaceable import (
     MLPModule,
-    has_hooks,
     linears_of,
     mlp_modules,
     obstacle,
@@ -365,7 +364,7 @@ def _fuse_blocks(model: nn.Module, min_speedup: float, tokens: Sequence[int]) ->
 
     if model.training:
         return decide("modules", "the model is in training mode: call eval() first")
-    if any(has_hooks(module) for layer in layers for module in layer.modules()):
+    if any(blocks.has_hooks(module) for layer in layers for module in layer.modules()):
         return decide("modules", "has hooks, or a forward of its own")
     shared = blocks.Shared()
     ms: dict[str, dict[int, float]] = {"dense": {}, "decoder_block": {}}

@@ -82,7 +82,8 @@ class Decoder:
     def _make(self, model: Any) -> None:
         blocks, D = self._parts.blocks, self._parts.embedding.weight.shape[1]
         groups, d, B = blocks[0].groups, blocks[0].head_dim, len(self.positions)
-        self._cache = torch.zeros((2, len(blocks), B, groups, self.length, d), dtype=self._dtype)
+        like = self._parts.embedding.weight
+        self._cache = like.new_zeros((2, len(blocks), B, groups, self.length, d))
         self._native = Native()
         self._tables: dict[str | None, tuple[Tensor, Tensor]] = {}
         made = []
@@ -92,6 +93,7 @@ class Decoder:
             made.append(
                 self._native.block(
                     block,
+                    D,
                     2 * cos.shape[1],
                     window=block.window or 0,
                     cos=cos.data_ptr(),
@@ -101,18 +103,18 @@ class Decoder:
                 )
             )
         head = self._native.linear(model.get_output_embeddings())
-        norm = self._native.norm(self._parts.norm)
-        self._x, self._logits = torch.empty(B, D), torch.empty(B, head["N"])
+        norm = self._native.norm(self._parts.norm, D)
+        self._x, self._logits = (like.new_empty(B, n, dtype=torch.float32) for n in (D, head["N"]))
         self._decoder = _C.Decoder(D, d, DTYPES[self._dtype], made, norm, head)
 
     def _angles(self, layer_type: str | None) -> tuple[Tensor, Tensor]:
         """cos and sin, float32 ``[length, rotary / 2]``."""
         if layer_type not in self._tables:
-            cos = sin = torch.empty(self.length, 0)
+            cos = sin = torch.empty(self.length, 0, dtype=torch.float32, device="cpu")
             if (rotary := self._parts.rotary) is not None:
-                where = torch.arange(self.length)[None]
+                where = torch.arange(self.length, device="cpu")[None]
                 extra = () if layer_type is None else (layer_type,)
-                cos, sin = (angle[0, :, : angle.shape[-1] // 2] for angle in rotary(torch.empty(0), where, *extra))
+                cos, sin = (angle[0, :, : angle.shape[-1] // 2] for angle in rotary(cos, where, *extra))
             self._tables[layer_type] = cos.contiguous(), sin.contiguous()
         return self._tables[layer_type]
 
@@ -136,7 +138,7 @@ class Decoder:
 
     @position.setter
     def position(self, position: int) -> None:
-        self.positions[0] = position
+        self.positions[0], self._unread = position, None
 
     @torch.inference_mode()
     def prefill(self, tokens: Sequence[int] | Tensor, *, sequence: int = 0, append: bool = False) -> Tensor:
@@ -203,8 +205,9 @@ class Decoder:
             raise ValueError(f"token: expected 1 to {len(self.positions)} (sequences), got {M}")
         self._check_tokens(min(tokens), max(tokens))
         positions = [self.positions[i] for i in sequences]
-        if max(positions) >= self.length:
-            raise ValueError(f"position: expected less than {self.length} (length), got {max(positions)}")
+        for position in positions:
+            if not 0 <= position < self.length:
+                raise ValueError(f"position: expected 0 to {self.length - 1} (length), got {position}")
         parts, x = self._parts, self._x[:M]
         scale = getattr(parts.embedding, "scalar_embed_scale", None)
         for m, (token, position) in enumerate(zip(tokens, positions, strict=True)):
@@ -216,7 +219,7 @@ class Decoder:
         stride = self._cache.shape[3] * self.length  # rows of d from one sequence's keys to the next's
         slots = [i * stride + position for i, position in zip(sequences, positions, strict=True)]
         begins = [i * stride for i in sequences]
-        places = torch.tensor([positions, slots, begins, [slot + 1 for slot in slots]])
+        places = torch.tensor([positions, slots, begins, [slot + 1 for slot in slots]], device="cpu")
         logits = self._logits[:M]
         self._decoder.step(x.data_ptr(), M, places.data_ptr(), logits.data_ptr(), torch.get_num_threads())
         for i in sequences:

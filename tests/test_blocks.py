@@ -6,6 +6,7 @@ import copy
 import importlib
 import pickle
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,118 @@ def test_a_changed_block_computes_what_it_has_become(change: str, calls: Calls) 
     assert all(call == (change != "double") for call in calls[-3:])  # float64 has no kernel
 
 
+@pytest.mark.parametrize("change", ["adapter", "class", "forward", "activation", "tensor", "heads"])
+def test_what_is_put_into_a_block_is_called(change: str, calls: Calls) -> None:
+    """C++ does not compute what it has not been compared with, and reads no weight of another shape."""
+    model, tokens = make(), torch.randint(1, 94, (1, 7))
+    model_fused = fused(model)
+    with torch.no_grad():
+        decoded(model_fused, tokens)
+        for each in (model, model_fused):
+            change_block(each.model.layers[1], change)
+        calls.clear()
+        found, expected = (decoded(m, tokens) for m in (model_fused, model))
+    assert error(found, expected.double()) < 1e-5
+    assert calls[-3:] == [True, False, True]
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def change_block(layer: Any, change: str) -> None:
+    mlp, attention = layer.mlp, layer.self_attn
+    if change == "adapter":  # as the layers of PEFT, it has a weight of its own
+        mlp.up_proj = Doubled(36, 52, bias=False)
+        mlp.up_proj.weight.fill_(0.1)
+    elif change == "class":
+        mlp.up_proj.__class__ = Doubled
+    elif change == "forward":
+        forward = mlp.forward
+        mlp.forward = lambda x: 2 * forward(x)
+    elif change == "activation":
+        mlp.act_fn = nn.Tanh()
+    elif change == "tensor":
+        mlp.up_proj.weight = nn.Parameter(Wrapped(mlp.up_proj.weight.data), requires_grad=False)
+    else:  # 3 of 6, and 1 of 2 of keys and values
+        for linear, kept in ((attention.q_proj, 30), (attention.k_proj, 10), (attention.v_proj, 10)):
+            linear.weight = nn.Parameter(linear.weight[:kept].clone())
+        attention.o_proj.weight = nn.Parameter(attention.o_proj.weight[:, :30].clone())
+
+
+class Wrapped(Tensor):
+    """Without memory of its own, as quantised weights are."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> Any:
+        return Tensor._make_wrapper_subclass(cls, held.shape, strides=held.stride(), dtype=held.dtype)  # type: ignore[attr-defined]
+
+    def __init__(self, held: Tensor) -> None:
+        self.held = held
+
+    @classmethod
+    def __torch_dispatch__(cls, op: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
+        plain = [arg.held if isinstance(arg, Wrapped) else arg for arg in args]
+        out = op(*plain, **(kwargs or {}))
+        return Wrapped(out) if op is torch.ops.aten.detach.default else out
+
+
+def test_a_mask_that_is_written_over_between_steps(calls: Calls) -> None:
+    model, tokens = make(), torch.randint(1, 94, (1, 8))
+    model_fused, logits = fused(model), []
+    for each in (model_fused, model):
+        past = transformers.StaticCache(config=model.config, max_cache_len=12)
+        mask = torch.ones(1, 1, 5, 12, dtype=torch.bool).tril()
+        with torch.inference_mode():  # whose tensors do not count what is written to them
+            each(input_ids=tokens[:, :5], past_key_values=past, attention_mask=mask)
+            mask = torch.zeros(1, 1, 1, 12, dtype=torch.bool)
+            mask[..., :5] = True
+            calls.clear()
+            for i in range(5, 8):
+                mask[..., i] = True
+                given = {"attention_mask": mask, "position_ids": torch.tensor([[i]])}
+                output = each(input_ids=tokens[:, i : i + 1], past_key_values=past, **given)
+        logits.append(output.logits[:, -1])
+        assert all(calls)
+    assert error(logits[0], logits[1].double()) < 1e-5
+
+
+def test_torchs_default_dtype_and_device_do_not_matter() -> None:
+    model, tokens = make("llama"), torch.randint(1, 94, (3, 7))
+    model_fused = fused(model)
+    with torch.no_grad():
+        past = model_fused(input_ids=tokens[:, :6], use_cache=True).past_key_values
+        expected = decoded(model_fused, tokens)
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            found = model_fused(input_ids=tokens[:, 6:], past_key_values=past).logits[:, -1]
+        finally:
+            torch.set_default_dtype(torch.float32)
+        layer, native = model_fused.model.layers[0], blocks.ways(model_fused, model_fused.model.layers[0], 3)[1]
+        out = native()
+        with torch.device("meta"):
+            assert torch.equal(native(), out)
+    assert blocks.runs_native(layer)
+    assert torch.equal(found, expected)
+
+
+def test_threads_apart() -> None:
+    model, tokens = make("gemma3"), torch.randint(1, 94, (4, 7))
+    model_fused = fused(model)
+    with torch.no_grad():
+        expected = [decoded(model, row[None]) for row in tokens]
+
+    @torch.no_grad()
+    def run(i: int) -> float:
+        return max(error(decoded(model_fused, tokens[i : i + 1]), expected[i].double()) for _ in range(20))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert max(pool.map(run, range(4))) < 1e-5
+
+
 def test_gradients_hooks_and_training_go_their_own_way(calls: Calls) -> None:
     model, tokens = make(), torch.randint(1, 94, (1, 7))
     model_fused = fused(model)
@@ -216,6 +329,10 @@ def test_hidden_states(calls: Calls) -> None:
     assert len(found) == len(expected) == 4
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    calls.clear()
+    generated(model_fused, tokens)  # transformers' hooks are still there
+    assert sum(calls) == 5 * 3
+    fused(model)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -268,11 +385,6 @@ def test_decisions() -> None:
     assert not fasticl.convert(model, tokens=(128,)).blocks
     assert not fasticl.convert(nn.Sequential(nn.Linear(4, 4)).eval()).blocks
     assert "training" in fasticl.convert(make().train(), min_speedup=0).blocks[0].reason
-
-
-class Doubled(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
 
 
 class Adapter(nn.Module):

@@ -34,6 +34,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3TextConfig", {**SIZES, "sliding_window": 5, "query_pre_attn_scalar": 24,
                                     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
     "gpt2": ("GPT2Config", {"n_embd": 36, "n_layer": 3, "n_head": 3, "vocab_size": 95, "n_positions": 64}),
+    "gpt2 by layer": ("GPT2Config", {"n_embd": 36, "n_layer": 3, "n_head": 3, "vocab_size": 95, "n_positions": 64,
+                                     "scale_attn_by_inverse_layer_idx": True}),
     "gpt_neox": ("GPTNeoXConfig", {**OWN_HEADS, "use_parallel_residual": True}),
     "gpt_neox in turn": ("GPTNeoXConfig", {**OWN_HEADS, "use_parallel_residual": False}),
     "opt": ("OPTConfig", {"hidden_size": 36, "ffn_dim": 52, "num_hidden_layers": 3, "num_attention_heads": 3,
@@ -308,6 +310,17 @@ def test_a_prompt_appended(name: str) -> None:
         assert error(decoder.step(int(tokens[i])), expected[i]) < 1e-5
 
 
+def test_torchs_default_dtype_does_not_matter() -> None:
+    model, tokens = make(), torch.randint(95, (9,))
+    expected = stepwise(Decoder(model), tokens, 3)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = stepwise(Decoder(model), tokens, 3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert error(found, expected) < 0.01  # transformers rounds the prompt's angles by it
+
+
 @pytest.mark.parametrize("turns", [2, 1])
 def test_a_conversation_goes_on_behind_what_was_generated(turns: int) -> None:
     model, first, second = make(), torch.randint(95, (6,)).tolist(), torch.randint(95, (4,)).tolist()
@@ -334,8 +347,11 @@ def test_bad_arguments_are_refused(decoder: Decoder) -> None:
         decoder.prefill([3, 95])
     with pytest.raises(ValueError, match=r"tokens: expected 0 to 94, got -1"):
         decoder.step(-1)
+    decoder.position = -1
+    with pytest.raises(ValueError, match=r"position: expected 0 to 7 \(length\), got -1"):
+        decoder.step(1)
     decoder.prefill([1] * 8)
-    with pytest.raises(ValueError, match=r"position: expected less than 8 \(length\), got 8"):
+    with pytest.raises(ValueError, match=r"position: expected 0 to 7 \(length\), got 8"):
         decoder.step(1)
     with pytest.raises(ValueError, match=r"tokens: expected 1 to 0 \(length\) behind the 8 read, got 1"):
         decoder.prefill([1], append=True)
@@ -375,6 +391,17 @@ def test_models_that_it_cannot_run_are_refused() -> None:
         Decoder(make(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}))
     with pytest.raises(ValueError, match=r"expected an activation of .*, got 'tanh'"):
         Decoder(make(hidden_act="tanh"))
+    with pytest.raises(ValueError, match="causal attention whose scores are not capped"):
+        Decoder(make("gemma3", attn_logit_softcapping=50.0))
+    with pytest.raises(ValueError, match=r"logits are not capped \(final_logit_softcapping\)"):
+        Decoder(make("gemma3", final_logit_softcapping=30.0))
+    model = make()
+    out = model.model.layers[1].self_attn.o_proj
+    out.weight = nn.Parameter(out.weight[:, :50].clone())
+    with pytest.raises(
+        ValueError, match=r"layer 1: expected a weight of \[36, 60\] by its configuration, got \[36, 50"
+    ):
+        Decoder(model)
     with pytest.raises(ValueError, match="norms before the layers"):
         Decoder(make("opt", do_layer_norm_before=False))
 
