@@ -331,9 +331,9 @@ def launch(context: Tensor, query: Tensor, A: Tensor, W: Tensor, a: Tensor, leng
 
 def _query_tile(dtype: torch.dtype, Q: int, L: int, block_d: int, unit: int) -> tuple[int, int, int]:
     """Queries and columns of a tile, and warps: what fits into registers, addresses of single elements among it."""
-    wide = block_d > 128 or unit < 4
+    wide = (block_d > 128) + (unit < 4)
     if dtype == torch.float32:
         queries, columns = (16, 16) if wide else (32, 32)
     else:
-        queries, columns = (32 if wide else 64), (64 if block_d <= 64 and not wide else 32)
+        queries, columns = (32 if wide else 64), (16 if wide == 2 else 64 if wide == 0 and block_d <= 64 else 32)
     return block(Q, 16, queries), block(L, 16, columns), 4 if block_d <= 64 else 8

@@ -66,12 +66,12 @@ def many(B: int, Q: int, L: int, d: int, m: int, dtype: torch.dtype = torch.floa
 
 def pytorch(context: Tensor, query: Tensor, A: Tensor, W: Tensor, a: Tensor, lengths: Tensor | None = None) -> Tensor:
     """What one writes without this package, in the inputs' dtype."""
-    keys = query @ A.T
-    scores = torch.bmm(context, (keys if keys.dim() == 3 else keys.unsqueeze(1)).mT).mT  # [B, Q, L]
+    if query.dim() == 3:
+        return torch.stack([pytorch(context, q, A, W, a, lengths) for q in query.unbind(1)], 1)
+    scores = torch.bmm(context, (query @ A.T).unsqueeze(2)).squeeze(2)
     if lengths is not None:
-        absent = torch.arange(context.shape[1]) >= lengths.unsqueeze(1)
-        scores = scores.masked_fill(absent.unsqueeze(1), -torch.inf)
-    mixed = torch.bmm(torch.softmax(scores, 2), context).view(query.shape)
+        scores = scores.masked_fill(torch.arange(context.shape[1]) >= lengths.unsqueeze(1), -torch.inf)
+    mixed = torch.bmm(torch.softmax(scores, 1).unsqueeze(1), context).squeeze(1)
     return torch.relu(mixed @ W.T) @ a
 
 
@@ -296,7 +296,7 @@ def test_other_views(isa: str) -> None:
 
 
 @dtypes
-@pytest.mark.parametrize(("B", "Q", "d"), list(itertools.product([1, 3, 19], [1, 7, 18], [3, 16, 20, 60])))
+@pytest.mark.parametrize(("B", "Q", "d"), list(itertools.product([1, 3, 19], [1, 18], [3, 16, 20, 60])))
 def test_stays_within_its_memory(isa: str, B: int, Q: int, d: int, dtype: torch.dtype) -> None:
     """Inputs and output lie misaligned between guards: a value read there is NaN, one written is seen."""
     tensors = many(B, Q, 21, d, 18, dtype)
