@@ -159,6 +159,8 @@ const float* multiply(const T* matrix, int64_t stride, int64_t n, int64_t d, con
 
 // ---- attention of many queries -----------------------------------------------------------------------------
 
+constexpr int64_t kRowBlock = 64;  // rows in one step of the softmax
+
 // As attend, for a panel of more than kFew queries: the state of query j goes to states + j * stride_states. A block of
 // rows is multiplied with all queries, then weighted for all, while it stays in L1.
 template <class T>
@@ -166,16 +168,16 @@ void attend_panel(const T* rows, int64_t stride, int64_t n, int64_t d, const Pan
                   int64_t stride_states, PanelScratch& scratch) {
   const int64_t padded = round_up(d, kLanes), V = queries.V, L = V * kLanes;
   float* acc = scratch.acc.get<float>(static_cast<size_t>(padded * L));
-  float* weight = scratch.sums.get<float>(kUnit * kPanel);
-  float* wide = scratch.wide.get<float>(static_cast<size_t>((kUnit + kFew) * padded));
+  float* weight = scratch.sums.get<float>(kRowBlock * kPanel);
+  float* wide = scratch.wide.get<float>(static_cast<size_t>(kRowBlock * padded));
   float highest[kPanel], total[kPanel], scale[kPanel];
   for (int64_t j = 0; j < L; j += kLanes) {
     store(highest + j, set1(-3.4028235e38f));  // finite: e^(-inf - highest) is then 0, not NaN
     store(total + j, zero());
   }
   for (int64_t k = 0; k < padded * L; k += kLanes) store(acc + k, zero());
-  for (int64_t first = 0; first < n; first += kUnit) {
-    const int64_t count = least(kUnit, n - first);
+  for (int64_t first = 0; first < n; first += kRowBlock) {
+    const int64_t count = least(kRowBlock, n - first);
     const Rows r = rows_of(rows + first * stride, stride, count, d, wide);
     with_registers(V, [&](auto v) { multiply_panel<v.count>(r, count, d, queries.x, weight); });
     for (int64_t j = 0; j < L; j += kLanes) {

@@ -150,8 +150,8 @@ def queries_kernel(
         key_ptr + (b * Q + queries)[:, None] * d + columns[None, :], mask=exists[:, None] & inside[None, :], other=0.0
     )
     if dtype == tl.float16:  # whose range a key may exceed
-        norm = tl.max(tl.abs(key), 1)
-        norm = tl.where(norm == 0, 1.0, norm)
+        norm = (tl.max(tl.abs(key), 1).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        norm = tl.where(norm == 0, 1.0, norm)  # a power of two
         key = key / norm[:, None]
     if dtype != tl.float32:
         key, key_rest = _halves(key, dtype)

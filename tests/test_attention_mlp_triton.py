@@ -130,6 +130,18 @@ def test_large_scores(dtype: torch.dtype, monkeypatch) -> None:
         assert_right(launch(together), together)
 
 
+@dtypes
+def test_tiles_of_queries_round_neither_keys_nor_weights(dtype: torch.dtype) -> None:
+    """Two columns whose scores, 256 + x and 256, and weights differ by less than half precision can tell apart."""
+    x = 1.5 * 2**-8
+    context = torch.tensor([[1.0, 1.0, 0.0], [-1.0, 0.0, 1.0]])
+    query, A = torch.tensor([256.0, x, 0.0]), torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    W, a = torch.tensor([[1.0, 0.0, 0.0]]), torch.ones(1)
+    result = launch([t.to(dtype) for t in (context[None], query.expand(1, 2, 3), A, W, a)])
+    expected = torch.full((1, 2), x / 2, dtype=torch.float64).tanh()
+    torch.testing.assert_close(result.double(), expected, rtol=max(1e-4, torch.finfo(dtype).eps), atol=0)
+
+
 def test_a_key_beyond_the_range_of_float16() -> None:
     """Of a query in float16; PyTorch's own scores overflow there."""
     context, query, _, W, a = many(2, 3, 40, 24, 30, torch.float16)
