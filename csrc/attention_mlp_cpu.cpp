@@ -5,9 +5,9 @@
 //   attention  online softmax over chunks of prompts, for a panel of a prompt's queries at once: a chunk is read from
 //              memory once. A long prompt is several chunks, merged in order afterwards
 //   neurons    ReLU(W c) in the same panels, summed with a at once: hidden activations never leave L1
-// Torch's matrix products are not called for many queries: with AVX-512 these are as fast at d = 64 in float32 and faster
-// in bfloat16 (somewhat slower at d = 1024 in float32), read what is inside the lengths alone, and:
 // Where pieces are cut depends on sizes and lengths alone, so results do not depend on the number of threads.
+// Torch's matrix products are not called for many queries: with AVX-512 these are as fast at d = 64 in float32, faster
+// in bfloat16 and slower at d = 1024 in float32; they leave out what lies behind a length.
 #ifdef FASTICL_TARGET
 
 #include "activation.h"
