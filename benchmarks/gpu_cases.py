@@ -77,4 +77,5 @@ def cases(quick: bool) -> list[Case]:
     for shape in PROMPTS:
         tier = "headline" if shape[0] >= 1024 and shape[1] == 512 else "sweep"
         found.append(attention_case(shape, "bfloat16", tier, compiled=not quick))
+    found.append(attention_case((64, 512, 64, 256), "bfloat16", "sweep", compiled=not quick, Q=64))
     return found

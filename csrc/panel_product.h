@@ -1,5 +1,6 @@
 // Products of a matrix [rows, d] with up to kPanel vectors at once, the vectors in lanes: each value of the matrix is
-// read once and multiplies all of them. Included inside a target's namespace after rows.h; no include guard.
+// read once and multiplies all of them. Attention of as many queries to the same rows, made of such products. Included
+// inside a target's namespace after rows.h; no include guard.
 
 namespace {
 
@@ -64,9 +65,56 @@ void multiply_panel(const Rows& r, int64_t n, int64_t d, const float* xt, float*
   }
 }
 
+// acc[k, j] = acc[k, j] * scale[j] + sum_i weight[i, j] r[i, k] for n rows, d columns and 16V vectors.
+template <int V>
+void add_panel(const Rows& r, int64_t n, int64_t d, const float* weight, const float* scale, float* acc) {
+  constexpr int R = kPanelProducts / V;
+  static_assert(R <= kLanes, "rows of fewer columns are padded to a vector");
+  for (int64_t k = 0; k < d; k += R) {
+    const int64_t first = k + R <= d || d < R ? k : d - R;  // the last columns overlap their neighbours
+    Vec sums[R][V];
+    for (int j = 0; j < R; j++)
+      for (int v = 0; v < V; v++) sums[j][v] = zero();
+    for (int64_t i = 0; i < n; i++) {
+      const float* row = r.data + i * r.stride + first;
+      Vec w[V];
+      for (int v = 0; v < V; v++) w[v] = load(weight + (i * V + v) * kLanes);
+      for (int j = 0; j < R; j++) {
+        const Vec x = set1(row[j]);
+        for (int v = 0; v < V; v++) sums[j][v] = fma(x, w[v], sums[j][v]);
+      }
+    }
+    for (int j = 0; j < R; j++)
+      for (int v = 0; v < V && first + j >= k && first + j < d; v++) {
+        float* a = acc + ((first + j) * V + v) * kLanes;
+        store(a, fma(load(a), load(scale + v * kLanes), sums[j][v]));
+      }
+  }
+}
+
 struct PanelScratch {
-  Scratch panel, sums, wide;
+  Scratch panel, sums, wide, acc;
 };
+
+template <int V>
+struct Registers {
+  static constexpr int count = V;
+};
+
+// f(Registers<V>{}), V known to the compiler.
+template <class F>
+FASTICL_INLINE void with_registers(int64_t V, F f) {
+  switch (V) {
+    case 1:
+      return f(Registers<1>{});
+    case 2:
+      return f(Registers<kMaxPanel >= 2 ? 2 : 1>{});
+    case 3:
+      return f(Registers<kMaxPanel >= 3 ? 3 : 1>{});
+    default:
+      return f(Registers<kMaxPanel>{});
+  }
+}
 
 // Vectors [first, first + count) ready to be multiplied: as rows where they are few, else transposed.
 struct Panel {
@@ -95,19 +143,7 @@ const float* multiply(const T* matrix, int64_t stride, int64_t n, int64_t d, con
   float* wide = scratch.wide.get<float>(static_cast<size_t>((kUnit + kFew) * padded));
   const Rows r = rows_of(matrix, stride, n, d, wide);
   if (panel.count > kFew) {
-    switch (panel.V) {
-      case 1:
-        multiply_panel<1>(r, n, d, panel.x, sums);
-        break;
-      case 2:
-        multiply_panel<kMaxPanel >= 2 ? 2 : 1>(r, n, d, panel.x, sums);
-        break;
-      case 3:
-        multiply_panel<kMaxPanel >= 3 ? 3 : 1>(r, n, d, panel.x, sums);
-        break;
-      default:
-        multiply_panel<kMaxPanel>(r, n, d, panel.x, sums);
-    }
+    with_registers(panel.V, [&](auto v) { multiply_panel<v.count>(r, n, d, panel.x, sums); });
     return sums;
   }
   float* x = wide + kUnit * padded;
@@ -119,6 +155,62 @@ const float* multiply(const T* matrix, int64_t stride, int64_t n, int64_t d, con
     for (int64_t k = 0; k < kLanes; k++) store(sums + (i + k) * kLanes, dots[k]);
   }
   return sums;
+}
+
+// ---- attention of many queries -----------------------------------------------------------------------------
+
+constexpr int64_t kRowBlock = 64;  // rows in one step of the softmax
+
+// As attend, for a panel of more than kFew queries: the state of query j goes to states + j * stride_states. A block of
+// rows is multiplied with all queries, then weighted for all, while it stays in L1.
+template <class T>
+void attend_panel(const T* rows, int64_t stride, int64_t n, int64_t d, const Panel& queries, float* states,
+                  int64_t stride_states, PanelScratch& scratch) {
+  const int64_t padded = round_up(d, kLanes), V = queries.V, L = V * kLanes;
+  float* acc = scratch.acc.get<float>(static_cast<size_t>(padded * L));
+  float* weight = scratch.sums.get<float>(kRowBlock * kPanel);
+  float* wide = scratch.wide.get<float>(static_cast<size_t>(kRowBlock * padded));
+  float highest[kPanel], total[kPanel], scale[kPanel];
+  for (int64_t j = 0; j < L; j += kLanes) {
+    store(highest + j, set1(-3.4028235e38f));  // finite: e^(-inf - highest) is then 0, not NaN
+    store(total + j, zero());
+  }
+  for (int64_t k = 0; k < padded * L; k += kLanes) store(acc + k, zero());
+  for (int64_t first = 0; first < n; first += kRowBlock) {
+    const int64_t count = least(kRowBlock, n - first);
+    const Rows r = rows_of(rows + first * stride, stride, count, d, wide);
+    with_registers(V, [&](auto v) { multiply_panel<v.count>(r, count, d, queries.x, weight); });
+    for (int64_t j = 0; j < L; j += kLanes) {
+      const Vec before = load(highest + j);
+      Vec top = before;
+      for (int64_t i = 0; i < count; i++) top = max(load(weight + i * L + j), top);  // passes over NaN
+      const Vec fade = decay(before - top);
+      Vec all = load(total + j) * fade;
+      for (int64_t i = 0; i < count; i++) {
+        const Vec e = decay(load(weight + i * L + j) - top);
+        store(weight + i * L + j, e);
+        all = all + e;
+      }
+      store(highest + j, top);
+      store(scale + j, fade);
+      store(total + j, all);
+    }
+    with_registers(V, [&](auto v) { add_panel<v.count>(r, count, d, weight, scale, acc); });
+  }
+  for (int64_t k = 0; k < padded; k += kLanes)
+    for (int64_t v = 0; v < V; v++) {
+      Vec r[kLanes];
+      for (int64_t i = 0; i < kLanes; i++) r[i] = load(acc + (k + i) * L + v * kLanes);
+      transpose16(r);
+      for (int64_t j = 0; j < kLanes && v * kLanes + j < queries.count; j++)
+        store(states + (v * kLanes + j) * stride_states + k, r[j]);
+    }
+  for (int64_t j = 0; j < queries.count; j++) {
+    float* state = states + j * stride_states + padded;
+    store(state, zero());
+    state[0] = total[j];
+    state[kLanes] = highest[j];
+  }
 }
 
 }  // namespace

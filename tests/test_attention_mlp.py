@@ -32,7 +32,21 @@ SHAPES = {  # B, L, d, m
     "two_tiles_of_columns": (20, 3, 150, 50),
     "rows_larger_than_a_block": (2, 9, 1030, 5),
 }
+MANY = {  # B, Q queries of each prompt, L, d, m
+    "one_of_each": (1, 1, 1, 1, 1),
+    "few_queries_as_rows": (3, 8, 21, 20, 6),
+    "one_register_below_one_vector": (3, 9, 35, 5, 3),
+    "two_registers": (2, 17, 40, 16, 64),
+    "three_registers": (2, 37, 33, 60, 64),
+    "whole_panel": (2, 64, 70, 64, 48),
+    "panels_and_one_query": (3, 129, 20, 24, 17),
+    "long_prompt_in_chunks": (1, 20, 3001, 20, 8),
+    "second_batch_of_queries": (2, 1024 + 40, 3, 17, 5),
+    "second_batch_of_prompts": (20, 100, 3, 16, 5),
+    "rows_larger_than_a_block": (2, 20, 9, 1030, 5),
+}
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+shapes_of_many = pytest.mark.parametrize("shape", MANY.values(), ids=MANY)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 Inputs = list[Tensor]
@@ -44,8 +58,16 @@ def inputs(B: int, L: int, d: int, m: int, dtype: torch.dtype = torch.float32) -
     return [x.to(dtype) for x in (*random, torch.randn(m))]
 
 
+def many(B: int, Q: int, L: int, d: int, m: int, dtype: torch.dtype = torch.float32) -> Inputs:
+    """The same with Q queries of each prompt."""
+    context, _, *weights = inputs(B, L, d, m, dtype)
+    return [context, torch.randn(B, Q, d).to(dtype), *weights]
+
+
 def pytorch(context: Tensor, query: Tensor, A: Tensor, W: Tensor, a: Tensor, lengths: Tensor | None = None) -> Tensor:
     """What one writes without this package, in the inputs' dtype."""
+    if query.dim() == 3:
+        return torch.stack([pytorch(context, q, A, W, a, lengths) for q in query.unbind(1)], 1)
     scores = torch.bmm(context, (query @ A.T).unsqueeze(2)).squeeze(2)
     if lengths is not None:
         scores = scores.masked_fill(torch.arange(context.shape[1]) >= lengths.unsqueeze(1), -torch.inf)
@@ -72,6 +94,13 @@ def test_reference_is_the_formula() -> None:
     torch.testing.assert_close(reference(context, query, A, W, a, lengths), torch.tensor(expected, dtype=torch.float64))
 
 
+def test_reference_of_many_queries_is_that_of_each() -> None:
+    context, query, *weights = (x.double() for x in many(3, 5, 4, 6, 7))
+    lengths = torch.tensor([4, 1, 3])
+    expected = [reference(context, query[:, j], *weights, lengths) for j in range(5)]
+    torch.testing.assert_close(reference(context, query, *weights, lengths), torch.stack(expected, 1))
+
+
 @dtypes
 @shapes
 def test_parity(isa: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
@@ -88,21 +117,39 @@ def test_parity_with_lengths(isa: str, shape: tuple[int, int, int, int], dtype: 
     assert_right(attention_mlp(*tensors, lengths), tensors, lengths)
 
 
+@dtypes
+@shapes_of_many
+def test_parity_of_many_queries(isa: str, shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
+    tensors = many(*shape, dtype)
+    assert_right(attention_mlp(*tensors), tensors)
+    lengths = torch.randint(1, shape[2] + 1, shape[:1])
+    lengths[0] = 1
+    assert_right(attention_mlp(*tensors, lengths), tensors, lengths)
+
+
+def test_one_query_is_the_same_in_either_shape(isa: str) -> None:
+    context, query, *weights = inputs(5, 30, 20, 10)
+    result = attention_mlp(context, query.unsqueeze(1), *weights)
+    assert torch.equal(result, attention_mlp(context, query, *weights).unsqueeze(1))
+
+
 @pytest.mark.parametrize("shape", [(70, 90, 20, 40), (3, 1500, 40, 100), (1, 9000, 24, 8), (130, 2, 64, 200)], ids=str)
 def test_threads_do_not_change_a_bit(isa: str, shape: tuple[int, int, int, int]) -> None:
     """Each shape has work for four threads; a long prompt is shared by them."""
-    tensors, lengths = inputs(*shape), torch.randint(1, shape[1] + 1, shape[:1])
-    results = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        results.append(torch.stack([attention_mlp(*tensors), attention_mlp(*tensors, lengths)]))
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
-    assert_right(results[2][0], tensors)
+    lengths = torch.randint(1, shape[1] + 1, shape[:1])
+    for tensors in (inputs(*shape), many(shape[0], 65, *shape[1:])):
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(torch.stack([attention_mlp(*tensors), attention_mlp(*tensors, lengths)]))
+        assert torch.equal(results[0], results[1])
+        assert torch.equal(results[0], results[2])
+        assert_right(results[2][0], tensors)
 
 
-def test_what_lies_behind_a_prompt_is_not_read(isa: str) -> None:
-    context, *others = inputs(7, 50, 20, 30)
+@pytest.mark.parametrize("Q", [None, 5, 20])
+def test_what_lies_behind_a_prompt_is_not_read(isa: str, Q: int | None) -> None:
+    context, *others = inputs(7, 50, 20, 30) if Q is None else many(7, Q, 50, 20, 30)
     lengths = torch.tensor([1, 50, 16, 17, 33, 2, 49])
     expected = attention_mlp(context, *others, lengths)
     for b, length in enumerate(lengths.tolist()):
@@ -120,9 +167,11 @@ def test_large_scores(isa: str, dtype: torch.dtype) -> None:
     """Scores up to about 1e4 in size, far beyond the range of exp."""
     context, query, _, W, a = inputs(40, 150, 24, 30, dtype)
     tensors = [context, query * 40, torch.eye(24).to(dtype) * 50, W, a]
+    together = [context[:1], tensors[1].unsqueeze(0), *tensors[2:]]  # the queries to one prompt
     largest = torch.bmm(context.float(), (tensors[1].float() @ tensors[2].float().T).unsqueeze(2)).abs().max()
     assert 5e3 < largest < 6e4
     assert_right(attention_mlp(*tensors), tensors)
+    assert_right(attention_mlp(*together), together)
 
 
 def test_equal_scores_average(isa: str) -> None:
@@ -143,6 +192,8 @@ def test_scores_of_minus_infinity(isa: str, first: int) -> None:
     result = attention_mlp(context, query, A, W, a)
     rest = torch.cat([context[:, :first], context[:, first + 400 :]], dim=1)
     assert_right(result, [rest, query, A, W, a])
+    queries = query.unsqueeze(1) * torch.cat([torch.ones(20, 1), torch.linspace(-1, 1, 20 * 15).view(20, 15)], 1)
+    assert_right(attention_mlp(context, queries, A, W, a), [rest, queries, A, W, a])
 
 
 @pytest.mark.parametrize("value", [-torch.inf, torch.inf, torch.nan])
@@ -159,6 +210,20 @@ def test_special_values_reach_their_prompt_only(isa: str, value: float) -> None:
     assert torch.equal(result[[0, 2, 4]], clean[[0, 2, 4]])
     saved = attention_mlp(*tensors, torch.tensor([300, 300, 300, 299, 300]))
     assert saved[3].isfinite()
+
+
+@pytest.mark.parametrize("value", [-torch.inf, torch.inf, torch.nan])
+def test_special_values_reach_their_prompt_and_query_only(isa: str, value: float) -> None:
+    tensors = many(3, 20, 70, 20, 30)
+    clean = attention_mlp(*tensors)
+    tensors[0][1, 69, 3] = value
+    tensors[1][2, 4, 0] = value
+    special = torch.zeros(3, 20, dtype=torch.bool)
+    special[1] = special[2, 4] = True
+    for result in (attention_mlp(*tensors), reference(*tensors, None)):
+        assert torch.equal(result.isnan(), special)
+    assert torch.equal(attention_mlp(*tensors)[~special], clean[~special])
+    assert attention_mlp(*tensors, torch.tensor([70, 69, 70]))[1].isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["query", "A", "W", "a"])
@@ -178,6 +243,11 @@ def test_scores_that_are_all_minus_infinity_give_nan(isa: str) -> None:
     context[0, :, 0], query[0, 0] = -1e20, 1e20
     result = attention_mlp(context, query, torch.eye(16), W, a)
     assert result.isnan().tolist() == [True, False]
+    queries = torch.randn(2, 20, 16)
+    queries[0, 3, 0] = 1e20
+    queries[:, :3, 0] = queries[:, 4:, 0] = 0
+    result = attention_mlp(context, queries, torch.eye(16), W, a)
+    assert result.isnan().nonzero().tolist() == [[0, 3]]
 
 
 # ---- sizes, layouts, memory --------------------------------------------------------------------------------
@@ -186,6 +256,9 @@ def test_scores_that_are_all_minus_infinity_give_nan(isa: str) -> None:
 def test_no_prompts_and_no_neurons(isa: str) -> None:
     assert attention_mlp(*inputs(0, 4, 5, 6)).shape == (0,)
     assert attention_mlp(*inputs(0, 4, 5, 6), torch.empty(0, dtype=torch.int64)).shape == (0,)
+    assert attention_mlp(*many(0, 3, 4, 5, 6)).shape == (0, 3)
+    assert attention_mlp(*many(3, 0, 4, 5, 6)).shape == (3, 0)
+    assert torch.equal(attention_mlp(*many(2, 20, 4, 5, 0)), torch.zeros(2, 20))
     assert torch.equal(attention_mlp(*inputs(7, 4, 5, 0)), torch.zeros(7))
     assert torch.equal(attention_mlp(*inputs(7, 4, 0, 3)), torch.zeros(7))
 
@@ -202,10 +275,10 @@ def strided_rows(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("view", [strided_last, strided_rows])
 @pytest.mark.parametrize("d", [5, 40])
 def test_strided_inputs(isa: str, view: Callable[[Tensor], Tensor], d: int, dtype: torch.dtype) -> None:
-    tensors = inputs(6, 30, d, 20, dtype)
-    views = [view(x) for x in tensors]
-    assert not views[0].is_contiguous()
-    assert torch.equal(attention_mlp(*views), attention_mlp(*tensors))
+    for tensors in (inputs(6, 30, d, 20, dtype), many(2, 20, 30, d, 20, dtype)):
+        views = [view(x) for x in tensors]
+        assert not views[0].is_contiguous()
+        assert torch.equal(attention_mlp(*views), attention_mlp(*tensors))
 
 
 def test_other_views(isa: str) -> None:
@@ -217,18 +290,21 @@ def test_other_views(isa: str) -> None:
     torch.testing.assert_close(attention_mlp(*one, A, W, a), expected[:1].expand(6))
     windows = context[0].view(-1)[:600].unfold(0, 40, 8).unsqueeze(0)  # rows that overlap
     assert torch.equal(attention_mlp(windows, query[:1], A, W, a), attention_mlp(windows.clone(), query[:1], A, W, a))
+    queries = torch.randn(20, 6, 40)
+    expected = attention_mlp(context, queries.transpose(0, 1).contiguous(), A, W, a)
+    assert torch.equal(attention_mlp(context, queries.transpose(0, 1), A, W, a), expected)
 
 
 @dtypes
-@pytest.mark.parametrize(("B", "d"), list(itertools.product([1, 3, 19], [3, 16, 20, 60])))
-def test_stays_within_its_memory(isa: str, B: int, d: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("B", "Q", "d"), list(itertools.product([1, 3, 19], [1, 18], [3, 16, 20, 60])))
+def test_stays_within_its_memory(isa: str, B: int, Q: int, d: int, dtype: torch.dtype) -> None:
     """Inputs and output lie misaligned between guards: a value read there is NaN, one written is seen."""
-    tensors = inputs(B, 21, d, 18, dtype)
+    tensors = many(B, Q, 21, d, 18, dtype)
     expected = attention_mlp(*tensors)
-    guards = [guarded(x, shift=1) for x in (*tensors, torch.full((B,), torch.nan, dtype=dtype))]
+    guards = [guarded(x, shift=1) for x in (*tensors, torch.full((B, Q), torch.nan, dtype=dtype))]
     context, query, A, W, a, out = (x for x, _ in guards)
     _C.attention_mlp(
-        context.data_ptr(), B, 21, d, 21 * d, d, query.data_ptr(), d, A.data_ptr(), d, W.data_ptr(), 18, d,
+        context.data_ptr(), B, 21, d, 21 * d, d, query.data_ptr(), Q, d, A.data_ptr(), d, W.data_ptr(), 18, d,
         a.data_ptr(), 0, out.data_ptr(), registry.DTYPES[dtype], 2,
     )  # fmt: skip
     for _, check in guards:
@@ -256,20 +332,23 @@ def test_gradients_are_those_of_the_reference() -> None:
     assert all(torch.equal(x, y) for x, y in zip(ours, expected, strict=True))
     with torch.no_grad():
         assert not attention_mlp(*tensors).requires_grad
+    tensors = [x.double().requires_grad_() for x in many(3, 2, 7, 5, 4)]
+    assert torch.autograd.gradcheck(lambda *x: attention_mlp(*x, lengths), tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_opcheck(dtype: torch.dtype) -> None:
-    tensors = inputs(3, 7, 5, 4, dtype)
-    torch.library.opcheck(torch.ops.fasticl.attention_mlp.default, (*tensors, None))
-    torch.library.opcheck(torch.ops.fasticl.attention_mlp.default, (*tensors, torch.tensor([7, 1, 3])))
+    for tensors in (inputs(3, 7, 5, 4, dtype), many(3, 10, 7, 5, 4, dtype)):
+        torch.library.opcheck(torch.ops.fasticl.attention_mlp.default, (*tensors, None))
+        torch.library.opcheck(torch.ops.fasticl.attention_mlp.default, (*tensors, torch.tensor([7, 1, 3])))
 
 
 def test_compile() -> None:
     compiled = torch.compile(lambda *x: attention_mlp(*x) * 2, fullgraph=True, backend="aot_eager")
-    tensors, lengths = inputs(3, 7, 5, 4), torch.tensor([7, 1, 3])
-    assert torch.equal(compiled(*tensors), attention_mlp(*tensors) * 2)
-    assert torch.equal(compiled(*tensors, lengths), attention_mlp(*tensors, lengths) * 2)
+    lengths = torch.tensor([7, 1, 3])
+    for tensors in (many(3, 10, 7, 5, 4), inputs(3, 7, 5, 4)):
+        assert torch.equal(compiled(*tensors), attention_mlp(*tensors) * 2)
+        assert torch.equal(compiled(*tensors, lengths), attention_mlp(*tensors, lengths) * 2)
     with pytest.raises(ValueError, match=r"lengths: expected in \[1, 7\], got 8"):
         compiled(*tensors, lengths + 1)
 
@@ -288,6 +367,9 @@ def test_compile() -> None:
         (0, torch.zeros(3, 0, 5), ValueError, r"context: expected at least one column, got shape \[3, 0, 5\]"),
         (1, None, TypeError, "query: expected a torch.Tensor, got NoneType"),
         (1, torch.zeros(4, 5), ValueError, r"query: expected shape \[3, 5\], got \[4, 5\]"),
+        (1, torch.zeros(3, 2, 6), ValueError, r"query: expected shape \[3, 2, 5\], got \[3, 2, 6\]"),
+        (1, torch.zeros(1, 2, 5), ValueError, r"query: expected shape \[3, 2, 5\], got \[1, 2, 5\]"),
+        (1, torch.zeros(3, 1, 2, 5), ValueError, r"query: expected shape \[3, 5\], got \[3, 1, 2, 5\]"),
         (1, torch.zeros(3, 5).half(), TypeError, "query: expected dtype torch.float32, got torch.float16"),
         (1, torch.zeros(3, 5, device="meta"), ValueError, "query: expected on cpu like the first argument, got meta"),
         (2, torch.eye(5).to_sparse(), TypeError, r"A: expected a dense \(torch.strided\) tensor, got torch.sparse_coo"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from helpers import assert_close_to_truth
-from test_attention_mlp import DTYPES, Inputs, inputs, pytorch, strided_last, strided_rows, truth
+from test_attention_mlp import DTYPES, Inputs, inputs, many, pytorch, strided_last, strided_rows, truth
 from torch import Tensor
 from triton_device import DEVICE
 
@@ -28,7 +30,20 @@ SHAPES = {
     "split_in_two": (2, 515, 20, 30),
     "split_in_many": (2, 1300, 40, 100),
 }
+MANY = {  # B, Q queries of each prompt, L, d, m
+    "one_of_each": (1, 1, 1, 1, 1),
+    "two_queries": (3, 2, 5, 5, 3),
+    "paper": (2, 20, 20, 60, 64),
+    "tiles_of_queries": (2, 70, 40, 64, 20),
+    "several_tiles_of_a_prompt": (2, 17, 150, 24, 10),
+    "d_in_wide_tiles": (1, 33, 20, 200, 10),
+    "unaligned": (2, 5, 33, 61, 10),
+    "too_wide_for_a_tile": (2, 3, 9, 260, 10),
+    "split_in_two": (2, 18, 515, 20, 30),
+    "no_neurons": (2, 18, 4, 5, 0),
+}
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+shapes_of_many = pytest.mark.parametrize("shape", MANY.values(), ids=MANY)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -53,6 +68,16 @@ def test_parity(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     assert_right(launch(tensors, lengths), tensors, lengths)
 
 
+@dtypes
+@shapes_of_many
+def test_parity_of_many_queries(shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
+    tensors = many(*shape, dtype)
+    assert_right(launch(tensors), tensors)
+    lengths = torch.randint(1, shape[2] + 1, shape[:1])
+    lengths[0] = 1
+    assert_right(launch(tensors, lengths), tensors, lengths)
+
+
 @pytest.mark.parametrize("shape", [(20, 9, 30, 20), (67, 3, 17, 70)], ids=str)
 @dtypes
 def test_batches_in_three_launches(shape: tuple[int, int, int, int], dtype: torch.dtype, monkeypatch) -> None:
@@ -64,16 +89,20 @@ def test_batches_in_three_launches(shape: tuple[int, int, int, int], dtype: torc
 
 
 def test_the_way_of_splitting_does_not_decide_the_result(monkeypatch) -> None:
-    tensors, lengths = inputs(2, 300, 40, 20), torch.tensor([300, 1])
-    for rows in (1, 16, 100, 400):
-        monkeypatch.setattr(kernel, "SPLIT_ROWS", rows)
-        assert_right(launch(tensors), tensors)
-        assert_right(launch(tensors, lengths), tensors, lengths)
+    lengths = torch.tensor([300, 1])
+    for tensors in (inputs(2, 300, 40, 20), many(2, 3, 300, 40, 20)):
+        for rows in (1, 16, 100, 400):
+            monkeypatch.setattr(kernel, "SPLIT_ROWS", rows)
+            assert_right(launch(tensors), tensors)
+            assert_right(launch(tensors, lengths), tensors, lengths)
 
 
-def test_tf32_where_torch_allows_it() -> None:
+@pytest.mark.parametrize(
+    "tensors", [lambda: inputs(3, 6, 260, 70), lambda: many(2, 20, 40, 60, 70)], ids=["one", "many"]
+)
+def test_tf32_where_torch_allows_it(tensors: Callable[[], Inputs]) -> None:
     """Products of a 10-bit mantissa: worse than float32, no worse than of inputs that were rounded to it."""
-    tensors = inputs(3, 6, 260, 70)
+    tensors = tensors()
     exact = launch(tensors)
     torch.set_float32_matmul_precision("high")
     try:
@@ -95,8 +124,31 @@ def both_paths(monkeypatch):
 def test_large_scores(dtype: torch.dtype, monkeypatch) -> None:
     context, query, _, W, a = inputs(6, 100, 24, 30, dtype)
     tensors = [context, query * 40, torch.eye(24).to(dtype) * 50, W, a]
+    together = [context[:1], tensors[1].unsqueeze(0), *tensors[2:]]  # the queries to one prompt
     for _ in both_paths(monkeypatch):
         assert_right(launch(tensors), tensors)
+        assert_right(launch(together), together)
+
+
+@dtypes
+def test_tiles_of_queries_round_neither_keys_nor_weights(dtype: torch.dtype) -> None:
+    """Two columns whose scores, 256 + x and 256, and weights differ by less than half precision can tell apart."""
+    x = 1.5 * 2**-8
+    context = torch.tensor([[1.0, 1.0, 0.0], [-1.0, 0.0, 1.0]])
+    query, A = torch.tensor([256.0, x, 0.0]), torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    W, a = torch.tensor([[1.0, 0.0, 0.0]]), torch.ones(1)
+    result = launch([t.to(dtype) for t in (context[None], query.expand(1, 2, 3), A, W, a)])
+    expected = torch.full((1, 2), x / 2, dtype=torch.float64).tanh()
+    torch.testing.assert_close(result.double(), expected, rtol=max(1e-4, torch.finfo(dtype).eps), atol=0)
+
+
+def test_a_key_beyond_the_range_of_float16() -> None:
+    """Of a query in float16; PyTorch's own scores overflow there."""
+    context, query, _, W, a = many(2, 3, 40, 24, 30, torch.float16)
+    tensors = [context / 4096, query * 400, torch.eye(24).half() * 1000, W * 4096, a]
+    assert (tensors[1].float() * 1000).abs().max() > 65504
+    result, expected = launch(tensors), truth(tensors)
+    assert (result.double() - expected).abs().max() < 2e-3 * expected.abs().max()
 
 
 @pytest.mark.parametrize("first", [0, 1, 100])
@@ -107,8 +159,10 @@ def test_scores_of_minus_infinity(first: int, monkeypatch) -> None:
     context[:, :, 0] = 0
     context[:, first : first + 100, 0] = -1e20
     rest = torch.cat([context[:, :first], context[:, first + 100 :]], dim=1)
+    queries = query.unsqueeze(1).repeat(1, 3, 1)
     for _ in both_paths(monkeypatch):
         assert_right(launch([context, query, A, W, a]), [rest, query, A, W, a])
+        assert_right(launch([context, queries, A, W, a]), [rest, queries, A, W, a])
 
 
 def test_scores_that_are_all_minus_infinity_give_nan(monkeypatch) -> None:
@@ -116,6 +170,8 @@ def test_scores_that_are_all_minus_infinity_give_nan(monkeypatch) -> None:
     context[0, :, 0], query[0, 0] = -1e20, 1e20
     for _ in both_paths(monkeypatch):
         assert launch([context, query, torch.eye(16), W, a]).isnan().tolist() == [True, False]
+        queries = torch.stack([query, query * 0], 1)
+        assert launch([context, queries, torch.eye(16), W, a]).isnan().tolist() == [[True, False], [False, False]]
 
 
 @pytest.mark.parametrize("value", [-torch.inf, torch.inf, torch.nan])
@@ -130,6 +186,20 @@ def test_special_values_reach_their_prompt_only(value: float, monkeypatch) -> No
         assert result.isnan().tolist() == [False, True, True]
         assert result[0] == clean[0]
         assert launch(special, lengths)[2].isfinite()
+
+
+@pytest.mark.parametrize("value", [-torch.inf, torch.inf, torch.nan])
+def test_special_values_reach_their_prompt_and_query_only(value: float, monkeypatch) -> None:
+    for _ in both_paths(monkeypatch):
+        tensors = many(3, 20, 90, 20, 30)
+        clean = launch(tensors)
+        tensors[0][1, 89, 3] = tensors[1][2, 4, 0] = value
+        special = torch.zeros(3, 20, dtype=torch.bool)
+        special[1] = special[2, 4] = True
+        result = launch(tensors)
+        assert torch.equal(result.isnan(), special)
+        assert torch.equal(result[~special], clean[~special])
+        assert launch(tensors, torch.tensor([90, 89, 90]))[1].isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["query", "A", "W", "a"])
@@ -155,8 +225,16 @@ def test_strides(view, shape: tuple[int, int, int, int]) -> None:
     assert torch.equal(kernel.launch(shared, *others, None), kernel.launch(shared.clone(), *others, None))
 
 
-def test_what_lies_behind_a_prompt_is_not_read() -> None:
-    tensors, lengths = inputs(4, 50, 20, 30), torch.tensor([1, 50, 16, 33])
+@pytest.mark.parametrize("view", [strided_last, strided_rows, lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)])
+def test_strides_of_many_queries(view) -> None:
+    tensors = many(3, 17, 30, 20, 20)
+    context, query, *weights = (x.to(DEVICE) for x in tensors)
+    assert_right(kernel.launch(view(context), view(query), *weights, None).cpu(), tensors)
+
+
+@pytest.mark.parametrize("Q", [None, 3])
+def test_what_lies_behind_a_prompt_is_not_read(Q: int | None) -> None:
+    tensors, lengths = inputs(4, 50, 20, 30) if Q is None else many(4, Q, 50, 20, 30), torch.tensor([1, 50, 16, 33])
     expected = launch(tensors, lengths)
     for b, length in enumerate(lengths.tolist()):
         tensors[0][b, length:] = torch.nan
@@ -169,8 +247,12 @@ def test_a_length_out_of_range_gives_nan(split_rows: int, monkeypatch) -> None:
     monkeypatch.setattr(kernel, "SPLIT_ROWS", split_rows)
     tensors = inputs(5, 40, 20, 30)
     lengths = torch.tensor([0, 41, 40, -1, 2**32 + 1])
-    assert launch(tensors, lengths).isnan().tolist() == [True, True, False, True, True]
+    expected = torch.tensor([True, True, False, True, True])
+    assert torch.equal(launch(tensors, lengths).isnan(), expected)
+    assert torch.equal(launch(many(5, 3, 40, 20, 30), lengths).isnan(), expected.unsqueeze(1).expand(5, 3))
 
 
-def test_no_prompts() -> None:
+def test_no_prompts_and_no_queries() -> None:
     assert launch(inputs(0, 4, 5, 6)).shape == (0,)
+    assert launch(many(0, 3, 4, 5, 6)).shape == (0, 3)
+    assert launch(many(3, 0, 4, 5, 6)).shape == (3, 0)

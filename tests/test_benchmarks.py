@@ -206,9 +206,12 @@ def test_mlp_case(mlp: tuple[int, int, str, bool], dtype: str) -> None:
     assert {row["pattern"] for row in rows if row["impl"] == "fasticl"} == {"neuron", "unstructured"}
 
 
-def test_attention_case() -> None:
-    case = bench_attention_mlp.attention_case((3, 5, 16, 8), "float32", "sweep", compiled=False)
-    check_rows(common.measure(case, HERE, **QUICK))
+@pytest.mark.parametrize("Q", [None, 3])
+def test_attention_case(Q: int | None) -> None:
+    case = bench_attention_mlp.attention_case((3, 5, 16, 8), "float32", "sweep", compiled=False, Q=Q)
+    rows = common.measure(case, HERE, **QUICK)
+    check_rows(rows)
+    assert ("fasticl+separate" in {row["impl"] for row in rows}) == (Q is not None)
 
 
 @pytest.mark.parametrize("library", ["plain", "transformers"])

@@ -415,6 +415,19 @@ def test_pruned_then_fused_is_the_same_function(rate):
     }
 
 
+@pytest.mark.parametrize("columns", [0, 6])
+def test_many_queries_of_a_prompt(columns):
+    model, (context, _) = random_model(), random_prompts(4, columns)
+    fused, queries = model.compile_for_inference(), torch.randn(4, 3, 7, dtype=context.dtype)
+    for lengths in (None, torch.tensor([columns, 0, columns, 0])):
+        expected = [model(context, query, lengths).detach() for query in queries.unbind(1)]
+        torch.testing.assert_close(fused(context, queries, lengths), torch.stack(expected, 1), atol=1e-12, rtol=1e-12)
+    with pytest.raises(ValueError, match=r"query: expected \[B, d=7\] or \[B, Q, d=7\], got \[4, 3, 6\]"):
+        fused(context, queries[:, :, :6])
+    with pytest.raises(ValueError, match=r"query: expected \[B, d=7\], got \[4, 3, 7\]"):
+        model(context, queries)
+
+
 def test_fused_is_a_copy():
     model, prompts = random_model(), random_prompts()
     fused = model.compile_for_inference()

@@ -55,6 +55,42 @@ def test_attention_mlp(arch: int, dtype: torch.dtype, shape: tuple[int, int, int
         assert found["readout_kernel"].count("HMMA")  # of fewer rows than HGMMA multiplies
 
 
+@archs
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [
+        (BF16, (256, 64, 512, 64, 256)),
+        (BF16, (256, 8, 512, 64, 256)),
+        (BF16, (8, 64, 4096, 128, 256)),
+        (torch.float16, (64, 64, 512, 256, 256)),
+        (F32, (256, 64, 512, 64, 256)),
+        (F32, (64, 64, 512, 256, 256)),
+    ],
+    ids=str,
+)
+def test_attention_mlp_of_many_queries(arch: int, dtype: torch.dtype, shape: tuple[int, int, int, int, int]) -> None:
+    B, Q, L, d, m = shape
+    sizes = ((B, L, d), (B, Q, d), (d, d), (m, d), (m,))
+    tensors = [empty(*size, dtype=dtype) for size in sizes]
+    found = compiled(arch, attention_mlp.launch, *tensors, empty(B, dtype=torch.int64))
+    assert list(found) == ["key_kernel", "queries_kernel", "readout_kernel"]
+    assert found["queries_kernel"].count("LDGSTS") >= 4
+    if dtype != F32:  # of fewer than 64 rows HGMMA multiplies none
+        assert found["queries_kernel"].count(TENSOR_CORES[arch] if Q == 64 and d <= 128 else "HMMA")
+
+
+@archs
+@pytest.mark.parametrize("dtype", [F32, BF16, torch.float16], ids=str)
+@pytest.mark.parametrize(("Q", "d"), [(64, 61), (3, 255), (64, 255)])
+def test_unaligned_tiles_of_queries(arch: int, Q: int, d: int, dtype: torch.dtype) -> None:
+    """The kernel alone: those of A q and of the readout spill a few registers there."""
+    tensors = [empty(*size, dtype=dtype) for size in ((8, 100, d), (8, Q, d), (d, d), (40, d), (40,))]
+    with compiling(arch) as binaries:
+        attention_mlp.launch(*tensors, None)
+    (binary,) = (binary for binary in binaries if binary.kernel == "queries_kernel")
+    binary.check()
+
+
 def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -118,6 +154,7 @@ def test_sizes_of_one_compile() -> None:
     vector = empty(1, dtype=F32)
     compiled(80, attention_mlp.launch, x[None], x, weight, weight, vector, lengths)
     compiled(80, attention_mlp.launch, x[None], x, weight, weight, vector, None)
+    compiled(80, attention_mlp.launch, x[None], x.expand(1, 2, 1), weight, weight, vector, lengths)
     compiled(80, bitmap_linear.launch, x, vector, mask, offsets, vector, None)
     compiled(80, nm_linear.launch, x.expand(2, 1), vector, mask, None, "relu")
     compiled(80, sliced_linear.launch, x, vector, mask, offsets, vector, steps, slices, order, vector, None)

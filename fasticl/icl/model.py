@@ -203,15 +203,18 @@ class FusedICLTransformer(nn.Module):
         self.register_buffer("a", a)
 
     def forward(self, context: Tensor, query: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """F of each prompt, ``[B]``. Arguments as for :meth:`ICLTransformer.forward`."""
-        _check_prompts(context, query, lengths, self.A)
+        """F of each prompt, ``[B]``. Arguments as for :meth:`ICLTransformer.forward`.
+
+        Of ``query [B, Q, d]``, Q queries that share each prompt, F is ``[B, Q]``.
+        """
+        _check_prompts(context, query, lengths, self.A, many=True)
         if context.shape[1] == 0:
-            return query.new_zeros(len(query))
+            return query.new_zeros(query.shape[:-1])
         if lengths is None:
             return attention_mlp(context, query, self.A, self.W, self.a)
         empty = lengths == 0  # of which the op knows nothing: its softmax is over at least one column
         F = attention_mlp(context, query, self.A, self.W, self.a, lengths.long().clamp(min=1))
-        return F.masked_fill(empty, 0)
+        return F.masked_fill(empty if F.dim() == 1 else empty.unsqueeze(1), 0)
 
     def attention(self, context: Tensor, query: Tensor, lengths: Tensor | None = None) -> Tensor:
         """The weights inside, ``[B, L]``, computed apart. As :meth:`ICLTransformer.attention`."""
@@ -248,11 +251,16 @@ def _weighted_sum(attention: Tensor, context: Tensor) -> Tensor:
     return torch.bmm(attention.unsqueeze(1), context).squeeze(1)
 
 
-def _check_prompts(context: Tensor, query: Tensor, lengths: Tensor | None, weight: Tensor) -> None:
-    """Raises unless the arguments of a forward fit each other and ``weight`` ``[*, d]``."""
+def _check_prompts(context: Tensor, query: Tensor, lengths: Tensor | None, weight: Tensor, many: bool = False) -> None:
+    """Raises unless the arguments of a forward fit each other and ``weight`` ``[*, d]``.
+
+    Args:
+        many: whether a prompt may have several queries, ``[B, Q, d]``.
+    """
     d = weight.shape[1]
-    if query.dim() != 2 or query.shape[1] != d:
-        raise ValueError(f"query: expected [B, d={d}], got {list(query.shape)}")
+    if query.dim() not in (2, 3 if many else 2) or query.shape[-1] != d:
+        expected = f"[B, d={d}] or [B, Q, d={d}]" if many else f"[B, d={d}]"
+        raise ValueError(f"query: expected {expected}, got {list(query.shape)}")
     B = len(query)
     if context.dim() != 3 or len(context) != B or context.shape[2] != d:
         raise ValueError(f"context: expected [B={B}, L, d={d}] with query [B, d], got {list(context.shape)}")
