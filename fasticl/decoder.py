@@ -7,6 +7,7 @@ on the weights of the same model, packed or dense, which it shares (csrc/decoder
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -120,12 +121,24 @@ class Decoder:
 
     def _check(self, model: nn.Module, config: Any) -> None:
         tokens = torch.arange(min(4, self.length)) * 7919 % config.vocab_size
-        expected = model(input_ids=tokens[None], use_cache=False).logits[0, -1].float()
+
+        def logits_of(model: nn.Module) -> Tensor:
+            logits: Tensor = model(input_ids=tokens[None], use_cache=False).logits[0, -1].float()
+            return logits
+
+        expected = logits_of(model)
         for token in tokens.tolist():
             logits = self.step(token)
         self.position = 0
-        error = (logits - expected).abs().max().item() / expected.abs().max().item()
-        if not error <= TOLERANCE[self._dtype]:  # the negation refuses NaN too
+        error = _difference(logits, expected)
+        if error <= TOLERANCE[self._dtype]:
+            return
+        # In half precision a deep or heavily pruned model may itself be as far from what its weights say.
+        try:
+            exact = logits_of(copy.deepcopy(model).float())
+        except RuntimeError:  # a forward put in by hand still calls the original
+            exact = expected
+        if not _difference(logits, exact) <= 1.5 * _difference(expected, exact):  # the negation refuses NaN too
             raise ValueError(
                 f"model: {type(model).__name__} computes something that fasticl.Decoder does not: logits differ by "
                 f"{error:.2g} of the largest, expected at most {TOLERANCE[self._dtype]:g} in {self._dtype}"
@@ -320,6 +333,10 @@ class Decoder:
 
     def _ended(self, text: list[int], sequence: int, count: int, ends: set[int]) -> bool:
         return text[-1] in ends or len(text) == count or self.positions[sequence] == self.length
+
+
+def _difference(logits: Tensor, expected: Tensor) -> float:
+    return (logits - expected).abs().max().item() / expected.abs().max().item()
 
 
 def _sampler(

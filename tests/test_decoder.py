@@ -406,8 +406,23 @@ def test_models_that_it_cannot_run_are_refused() -> None:
         Decoder(make("opt", do_layer_norm_before=False))
 
 
-def test_a_model_that_computes_something_else_is_refused() -> None:
-    model = make()
+def test_a_model_that_rounds_wildly_is_held_to_its_weights() -> None:
+    model = make("llama", torch.bfloat16, num_hidden_layers=16)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+                linear.weight.mul_(12)
+    tokens = torch.arange(4) * 7919 % 95  # as the check has
+    with torch.no_grad():
+        exact, rounded = exact_logits(model, tokens)[-1], model(input_ids=tokens[None]).logits[0, -1]
+    assert error(rounded, exact) > 0.2
+    decoder = Decoder(model)
+    assert error(stepwise_from(decoder, tokens)[-1], exact) < 1.5 * error(rounded, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_computes_something_else_is_refused(dtype: torch.dtype) -> None:
+    model = make("llama", dtype)
     mlp = model.model.layers[0].mlp
     forward = mlp.forward
     mlp.forward = lambda x: 1.5 * forward(x)
