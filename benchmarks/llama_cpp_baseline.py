@@ -7,8 +7,10 @@ llama-cpp-python.
 from __future__ import annotations
 
 import copy
+import shutil
 import tempfile
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,8 +84,9 @@ class LlamaCpp:
         config = model.config
         self.rounded, tensors = quantized(model)
         self.bytes = sum(data.nbytes for _, data, _ in tensors)
-        self._folder = tempfile.TemporaryDirectory()
-        path = Path(self._folder.name) / "model.gguf"
+        folder = tempfile.mkdtemp()
+        weakref.finalize(self, shutil.rmtree, folder)
+        path = Path(folder) / "model.gguf"
         writer = gguf.GGUFWriter(path, "llama")
         writer.add_context_length(CONTEXT)
         writer.add_embedding_length(config.hidden_size)
