@@ -165,7 +165,7 @@ def bars(rows: Sequence[Row], op: str) -> Figure:
         position += 1
     axes.set_yticks([tick for tick, _ in ticks], [label for _, label in ticks], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.4 * max(float(row["speedup"]) for case in cases for row in case))
+    axes.set_xlim(0, 1.5 * max(float(row["speedup"]) for case in cases for row in case))
     axes.set_xlabel("times as fast as the best dense")
     axes.set_title(f"{op} {machine(rows)}", fontsize=11)
     return drawing
@@ -186,7 +186,7 @@ def figures(rows: Sequence[Row]) -> dict[str, Figure]:
     for op in ("bitmap_linear", "sliced_linear", "nm_linear", "fused_mlp"):
         if op in ops:
             found[f"{op}-batch"] = figure(rows, op, "batch", over_batch)
-    for op in ("attention_mlp", "model"):
+    for op in ("attention_mlp", "model", "decoder"):
         if op in ops:
             found[op] = bars(rows, op)
     return found

@@ -448,6 +448,8 @@ def rows() -> list[dict[str, str]]:
         ("fasticl+head", 0.5, 2),
     ):
         made.append(row("model", impl, speedup, sparsity=sparsity, shape="gpt2-124M-decode"))
+    for impl, sparsity, speedup in (("torch", 0, 1), ("fasticl+decoder", 0.5, 4), ("llama_cpp_q4_1", 0, 3)):
+        made.append(row("decoder", impl, speedup, sparsity=sparsity, shape="smollm2-135M-decode128"))
     return made
 
 
@@ -461,6 +463,7 @@ def test_figures(rows: list[dict[str, str]], tmp_path: Path) -> None:
         *(f"cpu-{op}-batch.png" for op in ("bitmap_linear", "sliced_linear", "fused_mlp", "nm_linear")),
         "cpu-attention_mlp.png",
         "cpu-model.png",
+        "cpu-decoder.png",
     }
 
 
