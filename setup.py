@@ -62,8 +62,19 @@ def find_nvcc() -> str | None:
     return found
 
 
+def is_older(made: str, source: str) -> bool:
+    """Whether an object file must be made again: of its source, a header or this file, one is newer."""
+    newest = max(path.stat().st_mtime for path in (Path(source), ROOT / "setup.py", *(ROOT / "csrc").rglob("*.h")))
+    return Path(made).stat().st_mtime < newest
+
+
 class BuildExtension(build_ext):
     """Compiles an extension that has .cu files by nvcc, and links it to a CUDA runtime of its own."""
+
+    def run(self) -> None:
+        if not SANITIZE:  # one place for editable installs and wheels, so that what one has compiled the other takes
+            self.build_temp = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
+        super().run()
 
     def build_extension(self, ext: Extension) -> None:
         if not any(source.endswith(".cu") for source in ext.sources):
@@ -106,7 +117,7 @@ if NVCC is not None:
     extensions.append(cuda)
 
 if __name__ == "__main__":
-    with ParallelCompile("FASTICL_BUILD_JOBS", default=2):
+    with ParallelCompile("FASTICL_BUILD_JOBS", needs_recompile=is_older, default=2):
         setup(
             packages=[*find_packages(include=["fasticl", "fasticl.*"]), "fasticl.kernels"],
             package_dir={"fasticl.kernels": "kernels"},

@@ -115,7 +115,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.import_module("fasticl.convert"), "SECONDS", 1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize(
     ("sparsity", "pattern", "format"),
     [
@@ -127,7 +126,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         (0.5, "unstructured", "compact"),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("name", "dtype"), [("llama", torch.float32), ("gpt2", torch.bfloat16)], ids=["llama", "gpt2"])
 def test_packed_layers(name: str, sparsity: float, pattern: str, format: str, dtype: torch.dtype, isa: str) -> None:
     model = prune(make(name, dtype), sparsity, pattern)
     tokens = torch.randint(95, (12,))
