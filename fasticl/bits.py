@@ -9,7 +9,7 @@ from torch import Tensor
 
 def expand_bits(bitmask: Tensor, K: int) -> Tensor:
     """``bitmask`` uint8 [N, ceil(K / 8)] as bool [N, K]."""
-    # Eight bools are looked up as one int64: a quarter of the time of shifts.
+    # Eight bools are looked up as one int64, which is sooner than shifting.
     table = _bits_of_bytes(bitmask.device).view(torch.int64).flatten()
     bits = table.index_select(0, bitmask.flatten().int()).view(torch.bool)
     return bits.view(bitmask.shape[0], 8 * bitmask.shape[1])[:, :K].contiguous()
@@ -32,7 +32,7 @@ def pack_bits(keep: Tensor) -> Tensor:
 def true_positions(keep: Tensor) -> Tensor:
     """Where True stands in the flattened bool tensor: int64, ascending."""
     if keep.device.type == "cpu":
-        return torch.from_numpy(np.flatnonzero(keep.numpy()))  # a quarter of torch's time
+        return torch.from_numpy(np.flatnonzero(keep.numpy()))  # sooner than torch's
     return keep.flatten().nonzero().squeeze(1)
 
 

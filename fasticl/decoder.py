@@ -332,6 +332,8 @@ class Decoder:
         return texts
 
     def _ended(self, text: list[int], sequence: int, count: int, ends: set[int]) -> bool:
+        if sequence == 0:
+            self._unread = text[-1]
         return text[-1] in ends or len(text) == count or self.positions[sequence] == self.length
 
 

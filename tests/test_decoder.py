@@ -320,6 +320,14 @@ def test_torchs_default_dtype_does_not_matter() -> None:
     assert error(found, expected) < 0.01  # transformers rounds the prompt's angles by it
 
 
+def test_a_conversation_goes_on_behind_a_batch() -> None:
+    model, first, second = make(), torch.randint(95, (6,)).tolist(), torch.randint(95, (4,)).tolist()
+    decoder = Decoder(model, sequences=2)
+    said = decoder.generate_batch([first, second], max_new_tokens=3, stop=[])[0]
+    found = list(decoder.generate(second, max_new_tokens=3, stop=[], append=True))
+    assert found == list(Decoder(model).generate([*first, *said, *second], max_new_tokens=3, stop=[]))
+
+
 @pytest.mark.parametrize("turns", [2, 1])
 def test_a_conversation_goes_on_behind_what_was_generated(turns: int) -> None:
     model, first, second = make(), torch.randint(95, (6,)).tolist(), torch.randint(95, (4,)).tolist()
