@@ -326,6 +326,7 @@ def test_a_conversation_goes_on_behind_a_batch() -> None:
     said = decoder.generate_batch([first, second], max_new_tokens=3, stop=[])[0]
     found = list(decoder.generate(second, max_new_tokens=3, stop=[], append=True))
     assert found == list(Decoder(model).generate([*first, *said, *second], max_new_tokens=3, stop=[]))
+    assert decoder.position == len([*first, *said, *second]) + 2  # all but what was said last
 
 
 @pytest.mark.parametrize("turns", [2, 1])
