@@ -16,6 +16,7 @@ TRITON_TESTS := tests/test_interpreter.py $(wildcard tests/test_*_triton.py)
 OP_TESTS := $(wildcard $(patsubst fasticl/ops/%.py,tests/test_%.py,$(wildcard fasticl/ops/*.py)) tests/test_*_cuda.py) \
 	tests/test_cuda_on_cpu.py
 SANITIZE := build/sanitize
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -41,12 +42,13 @@ demo: $(VENV)/.model
 reproduce: $(VENV)/.model
 	$(BIN)/fasticl reproduce $(ARGS)
 
-# Triton decides when it is imported whether it interprets, so those tests are a run of their own. Exit status 5 says that
-# ARGS select none of them.
+# A process for each processor, of one thread unless the test is about threads. Triton decides when it is imported whether it
+# interprets, so those tests are a run of their own. Exit status 5 says that ARGS select none of them.
 .PHONY: test
+test: export OMP_NUM_THREADS = 1
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(TRITON_TESTS) $(ARGS) || [ $$? -eq 5 ]
+	$(PYTEST) $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) $(TRITON_TESTS) $(ARGS) || [ $$? -eq 5 ]
 
 .PHONY: lint
 lint: setup
