@@ -14,6 +14,8 @@ one tensor more, in ``int8-dense``, whose ``compressed`` is [N, K], in place of 
 
     p.scales       [N] in the weight's dtype; row n of W is scales[n] times its values
 
+bfloat16 tensors may be compressed without loss, as :mod:`fasticl.coding` says.
+
 Names are those of the model's own class: an MLP that runs as one
 :class:`fasticl.nn.SparseMLP` is stored as the linears that it replaced.
 
@@ -67,6 +69,7 @@ def save_pretrained(
     *,
     tokenizer: Any = None,
     format: str = QUANT_METHOD,
+    compress: bool = False,
     max_shard_size: int | str = "5GB",
 ) -> None:
     """Writes a Hugging Face model, packed layers packed, into a new folder that appears only when it is complete.
@@ -82,18 +85,22 @@ def save_pretrained(
         tokenizer: saved beside the model if given; anything with ``save_pretrained``.
         format: ``"fasticl"``, or ``"sparse-bitmask"`` or ``"sparse-24-bitmask"`` for programs that read
             compressed-tensors; there Conv1D layers are stored dense.
+        compress: codes bfloat16 weights without loss (:mod:`fasticl.coding`), dense ones and embeddings too: smaller
+            files, which take longer to load; for format ``"fasticl"``.
         max_shard_size: of a safetensors file, in bytes, or as ``"5GB"``.
 
     Raises:
         TypeError: ``model`` is no PreTrainedModel.
         ValueError: the format is unknown, or cannot hold this model (removed neurons, int8 values, nothing packed, not
-            2:4).
+            2:4), or is to be compressed and is not ``"fasticl"``.
         FileExistsError: ``folder`` has something in it.
     """
     plugin = _plugin()
     plugin.check_model(model)
     if format not in SAVE_FORMATS:
         raise ValueError(f"format: expected one of {', '.join(SAVE_FORMATS)}, got {format!r}")
+    if compress and format != QUANT_METHOD:
+        raise ValueError(f"compress: expected format {QUANT_METHOD!r}, got {format!r}")
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(f"folder: expected a new or empty folder, got {folder}")
@@ -101,8 +108,9 @@ def save_pretrained(
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         # Some classes save under the names of older versions; the names in config.json are those of the modules.
-        plain = format != QUANT_METHOD or not any(isinstance(m, SparseLinear | SparseMLP) for m in model.modules())
-        with plugin.saving(model, format):
+        packed = compress or any(isinstance(m, SparseLinear | SparseMLP) for m in model.modules())
+        plain = format != QUANT_METHOD or not packed
+        with plugin.saving(model, format, compress):
             model.save_pretrained(  # type: ignore[operator]
                 temporary, max_shard_size=max_shard_size, save_original_format=plain
             )

@@ -286,6 +286,9 @@ def convert(
     save_format: Annotated[
         SaveFormat, typer.Option(help="Of the files: FastICL's own, or one of compressed-tensors.")
     ] = SaveFormat.fasticl,
+    compress: Annotated[
+        bool, typer.Option("--compress", help="Code bfloat16 weights without loss: smaller files, slower to load.")
+    ] = False,
     threads: Threads = None,
     dtype: OwnDtype = None,
     device: Device = "cpu",
@@ -312,7 +315,7 @@ def convert(
                 skip=skip or SKIP,
             )
         with stages.stage(f"save {out}"):
-            fasticl.save_pretrained(report.model, out, tokenizer=tokenizer, format=save_format.value)
+            fasticl.save_pretrained(report.model, out, tokenizer=tokenizer, format=save_format.value, compress=compress)
     sizes = {"bytes_before": _weight_bytes(model), "bytes_after": _weight_bytes(out)}
     if as_json:
         layers = [{**asdict(layer), "dtype": str(layer.dtype).removeprefix("torch.")} for layer in report.layers]

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from fasticl import checkpoint, formats, parallel
+from fasticl import checkpoint, coding, formats, parallel
 from fasticl.checkpoint import INT8_LAYOUTS, LAYOUTS, QUANT_METHOD, Header
 from fasticl.layers import find_mlps, is_linear, join
 from fasticl.nn import SparseLinear, SparseMLP, frozen_linear
@@ -26,6 +27,7 @@ from fasticl.ops._registry import ACTIVATIONS
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+_UNREADABLE = "_fasticl_unreadable"
 _SPEC_KEYS = {"format", "shape", "pattern", "layout", "key"}
 
 
@@ -141,6 +143,7 @@ class FastICLQuantizer(HfQuantizer):
 
     quantization_config: FastICLConfig
     format = QUANT_METHOD  # what save_pretrained writes
+    compress = False
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True
@@ -168,7 +171,7 @@ class FastICLQuantizer(HfQuantizer):
         if self.format != QUANT_METHOD:
             sparsity = checkpoint.sparsity_config(model, plain, layers, self.format)
             config = {"quant_method": "compressed-tensors", "sparsity_config": sparsity}
-        elif layers:
+        elif layers or self.compress:
             config = FastICLConfig(checkpoint.layer_specs(layers), fused)
         else:
             if hasattr(model.config, "quantization_config"):
@@ -177,7 +180,16 @@ class FastICLQuantizer(HfQuantizer):
         model.config.quantization_config = config
         if isinstance(model.get_output_embeddings(), SparseLinear):
             model.config.tie_word_embeddings = False
-        return checkpoint.state_dict_of(model, plain, layers, fused, self.format), {}
+        state = checkpoint.state_dict_of(model, plain, layers, fused, self.format)
+        return coding.encode_state(state, model.all_tied_weights_keys) if self.compress else state, {}
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """What transformers' loader makes of tensors that are stored in parts, in any layer."""
+        return [WeightConverter([rf"\.{part}$" for part in coding.PARTS], "", [_Decode()])]
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """To read a tensor as: the parts of a coded one as they are stored."""
+        return None if _is_decoding(converter) else super().get_new_dtype(converter, param, dtype)
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         config, dtype = self.quantization_config, kwargs.get("dtype") or torch.get_default_dtype()
@@ -186,7 +198,13 @@ class FastICLQuantizer(HfQuantizer):
         header = checkpoint.read_header(checkpoint_files)
         if config.tensors is not None and len(header) != config.tensors:
             raise ValueError(f"expected {config.tensors} tensors in the checkpoint's files, got {len(header)}")
+        plain = coding.decoded_header(header)
         self._files = _files_to_split(model, checkpoint_files)
+        if self._files and plain != header:
+            raise ValueError(
+                "tp_size: expected files without compress=True, got compressed ones; split the loaded model"
+            )
+        header = plain
         known = {mlp.name: mlp for mlp in find_mlps(model)}
         self._packed: list[_Packed] = []
         self._mlps: list[tuple[str, dict[str, str], str | None]] = []
@@ -234,6 +252,10 @@ class FastICLQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         _check_one_device(getattr(model, "hf_device_map", None))  # "auto" may have become several
+        if errors := model.__dict__.pop(_UNREADABLE, []):
+            raise ValueError("; ".join(errors))
+        used = getattr(model, "_weight_conversions", None) or []  # to be reversed on saving, but these are not
+        model._weight_conversions = [conversion for conversion in used if not _is_decoding(conversion)]
         mesh = model._mesh_manager.get_mesh("tp") if self._files else None
         for layer in self._packed:
             linear, sizes = self._linear(layer, model.get_submodule(layer.path).bias), layer.shape
@@ -278,6 +300,29 @@ class FastICLQuantizer(HfQuantizer):
         if layer.transposed:
             packed = formats.pack(packed.unpack().T)
         return SparseLinear(packed, bias).eval()
+
+
+class _Decode(ConversionOps):
+    """A weight from its coded parts. What cannot be read is told after loading: transformers would only log it."""
+
+    def __deepcopy__(self, memo: object) -> _Decode:
+        return self
+
+    @torch.no_grad()
+    def convert(self, input_dict: Any, *_: Any, **context: Any) -> Any:
+        full_layer_name, model = context["full_layer_name"], context["model"]
+        mantissas, exponents = (input_dict[rf"\.{part}$"][0] for part in coding.PARTS)
+        meta = model.get_parameter_or_buffer(full_layer_name)
+        try:
+            weight = coding.decode(mantissas.cpu().to(torch.uint8), exponents.cpu().to(torch.uint8))
+        except ValueError as error:
+            model.__dict__.setdefault(_UNREADABLE, []).append(f"{full_layer_name}.{error}")
+            weight = torch.zeros(mantissas.shape, dtype=meta.dtype)
+        return {full_layer_name: weight.to(mantissas.device, meta.dtype)}
+
+
+def _is_decoding(converter: Any) -> bool:
+    return any(isinstance(operation, _Decode) for operation in getattr(converter, "operations", ()))
 
 
 def _files_to_split(model: Any, files: Iterable[Any]) -> list[Any]:
@@ -344,11 +389,11 @@ def _is_plain(model: Any) -> bool:
 
 
 @contextmanager
-def saving(model: Any, format: str) -> Iterator[None]:
+def saving(model: Any, format: str, compress: bool = False) -> Iterator[None]:
     """Meanwhile ``model.save_pretrained`` writes ``format``; afterwards the model is as it was."""
     held, config = getattr(model, "hf_quantizer", None), model.config
     model.hf_quantizer = FastICLQuantizer(FastICLConfig())
-    model.hf_quantizer.format = format
+    model.hf_quantizer.format, model.hf_quantizer.compress = format, compress
     model.config = copy.deepcopy(config)
     try:
         yield

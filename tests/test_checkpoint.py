@@ -194,6 +194,74 @@ def test_a_model_comes_back(family: str, tied: bool, dtype: torch.dtype, tmp_pat
 
 
 @pytest.mark.parametrize(
+    ("family", "values", "tied"),
+    [("llama", None, True), ("qwen2", None, False), ("gpt2", None, True), ("gpt_neox", None, False),
+     ("llama", "int8", True)],
+)  # fmt: skip
+def test_compressed_files_hold_the_same(family: str, values: str | None, tied: bool, tmp_path: Path) -> None:
+    model = pruned(family, tied=tied, dtype=torch.bfloat16, values=values)
+    fasticl.save_pretrained(model, tmp_path / "plain", max_shard_size="20KB")
+    fasticl.save_pretrained(model, tmp_path / "coded", compress=True, max_shard_size="20KB")
+    names = set(read(tmp_path / "coded"))
+    assert {name for name in names if name.endswith(".mantissas")}
+    assert not {name for name in read(tmp_path / "plain") if name.endswith((".mantissas", ".exponents"))}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "coded")
+    state, expected = loaded.state_dict(), model.state_dict()
+    assert set(state) == set(expected)
+    assert all(same_bits(tensor, expected[name]) for name, tensor in state.items())
+    assert torch.equal(logits(loaded), logits(model))
+    assert (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight) == tied
+    wide = AutoModelForCausalLM.from_pretrained(tmp_path / "coded", dtype=torch.float32)
+    assert all(tensor.dtype != torch.bfloat16 for tensor in wide.state_dict().values())
+    assert torch.equal(wide.get_input_embeddings().weight, model.get_input_embeddings().weight.float())
+    loaded.save_pretrained(tmp_path / "again")  # as it is asked for, not as it came
+    assert set(read(tmp_path / "again")) == set(read(tmp_path / "plain"))
+
+
+def test_a_dense_model_may_be_compressed(tmp_path: Path) -> None:
+    model = make("llama", dtype=torch.bfloat16)
+    fasticl.save_pretrained(model, tmp_path / "dense", compress=True)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert all(same_bits(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    sizes = [(tmp_path / "dense" / "model.safetensors").stat().st_size]
+    model.save_pretrained(tmp_path / "plain")
+    assert sizes[0] < 0.9 * (tmp_path / "plain" / "model.safetensors").stat().st_size
+    base = transformers.AutoModel.from_pretrained(tmp_path / "dense")  # whose names lack a prefix
+    assert same_bits(base.embed_tokens.weight, model.model.embed_tokens.weight)
+    model.float()
+    fasticl.save_pretrained(model, tmp_path / "wide", compress=True)  # nothing of it is bfloat16
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "wide")), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "message"),
+    [
+        ("{}.compressed.exponents", lambda t: t[:-2], r"q_proj\.compressed\.exponents: expected a zlib stream of"),
+        ("{}.compressed.exponents", lambda t: t.flip(0), r"q_proj\.compressed\.exponents: expected a whole zlib"),
+        ("{}.compressed.mantissas", lambda t: t[:-1], r"q_proj\.compressed\.exponents: expected a zlib stream of"),
+        ("{}.compressed.mantissas", lambda t: t.int(), r"q_proj\.compressed\.mantissas: expected U8, got I32"),
+        ("{}.compressed.exponents", lambda t: t[None], r"q_proj\.compressed\.exponents: expected U8, got U8 \[1,"),
+        ("{}.compressed.exponents", None, r"q_proj\.compressed\.exponents: expected U8, got no such tensor"),
+        ("model.embed_tokens.weight.mantissas", None, r"tokens\.weight\.mantissas: expected U8, got no such tensor"),
+        ("model.embed_tokens.weight.exponents", lambda t: t[:9], r"embed_tokens\.weight\.exponents: expected a zlib"),
+    ],
+)  # fmt: skip
+def test_corrupted_compressed_tensors(
+    name: str, function: Callable[[Tensor], Tensor] | None, message: str, tmp_path: Path
+) -> None:
+    fasticl.save_pretrained(pruned(dtype=torch.bfloat16), tmp_path / "model", compress=True)
+    name = name.format(LAYER)
+
+    def edit(tensors: Tensors) -> None:
+        tensor = tensors.pop(name)
+        tensors["other" if function is None else name] = tensor if function is None else function(tensor).contiguous()
+
+    rewrite(tmp_path / "model", edit)
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
     ("config", "format", "pattern"),
     [
         (fasticl.Magnitude(0.5), "bitmap", None),
@@ -535,6 +603,8 @@ def test_foreign_formats_that_do_not_fit(tmp_path: Path) -> None:
         ValueError, match="format: expected one of fasticl, sparse-bitmask, sparse-24-bitmask, got 'csr'"
     ):
         fasticl.save_pretrained(model, tmp_path / "model", format="csr")
+    with pytest.raises(ValueError, match="compress: expected format 'fasticl', got 'sparse-bitmask'"):
+        fasticl.save_pretrained(model, tmp_path / "model", format="sparse-bitmask", compress=True)
     assert list(tmp_path.iterdir()) == []
 
 

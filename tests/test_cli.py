@@ -237,6 +237,20 @@ def test_convert_to_int8_values(folder: Path, tmp_path: Path) -> None:
     assert model.lm_head.values.dtype == torch.int8
 
 
+def test_convert_compresses(folder: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    sizes = []
+    for out, more in (("plain", ()), ("coded", ("--compress",))):
+        result = invoke(
+            "convert", str(folder), str(tmp_path / out), "--dtype", "bfloat16", "--skip", "", "--json", *more
+        )
+        assert result.exit_code == 0, result.stderr
+        sizes.append(json.loads(result.stdout)["bytes_after"])
+    assert sizes[1] < 0.8 * sizes[0]
+    plain, coded = (fasticl.from_pretrained(tmp_path / out).state_dict() for out in ("plain", "coded"))
+    assert all(torch.equal(coded[name], tensor) for name, tensor in plain.items())
+
+
 def test_convert_prints_what_it_did(folder: Path, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     masked, packed = str(tmp_path / "masked"), str(tmp_path / "packed")

@@ -284,6 +284,9 @@ def what_cannot_be_loaded_in_parts(folder: Path) -> None:
         load(saved(model, folder, "heads"))
     with pytest.raises(ValueError, match=r"fsdp_size: expected 1 for a packed model"):
         load(folder / "heads", tp_size=1, fsdp_size=PROCESSES)
+    coded = saved(packed(make("llama").bfloat16()), folder, "coded", compress=True)
+    with pytest.raises(ValueError, match="tp_size: expected files without compress=True, got compressed ones"):
+        load(coded)
 
 
 def what_a_part_cannot_do(folder: Path) -> None:
