@@ -230,13 +230,12 @@ def sweep_table(path: Path = SWEEP) -> str:
     if len({row.settings for row in rows}) != 1:
         raise ValueError(f"{path}: expected rows of one model and settings, got {len({row.settings for row in rows})}")
     first = rows[0]
-    body = [["dense", f"{first.dense_perplexity:.1f}", "1×", "1×", "0"]]
+    body = [["dense", f"{first.dense_perplexity:.1f}", "1×", "1×", "1×"]]
     for row in rows:
-        speed = f"{row.decode_speedup:.2f}×", f"{row.prefill_speedup:.2f}×"
-        body.append(
-            [f"{row.method}, {row.pattern}, {row.sparsity:.0%}", f"{row.perplexity:.1f}", *speed, str(row.packed)]
-        )
-    header = ["pruning of the blocks", "perplexity", "decode, by transformers", "prefill", "linears packed"]
+        factors = row.decode_speedup, row.prefill_speedup, row.checkpoint_megabytes / row.dense_megabytes
+        pruning = f"{row.method}, {row.pattern}, {row.sparsity:.0%}"
+        body.append([pruning, f"{row.perplexity:.1f}", *(f"{factor:.2f}×" for factor in factors)])
+    header = ["pruning of the blocks", "perplexity", "decode, by transformers", "prefill", "size of the checkpoint"]
     source = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
     return (
         f"{markdown(header, body)}\n\nFrom `{source}`: {first.model}, {first.dtype}, {first.cpu}, "

@@ -7,6 +7,7 @@ import csv
 import hashlib
 import io
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from datetime import datetime, timezone
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 import fasticl
-from fasticl import evaluate
+from fasticl import checkpoint, evaluate
 from fasticl.doctor import diagnose
 from fasticl.prune import Magnitude, NeuronActivation, SparseGPT, Wanda
 from fasticl.report import FAINT, axes, label, legend
@@ -45,7 +46,8 @@ class Point:
 @dataclass(frozen=True)
 class Row:
     """One point measured. ``settings`` is the :func:`identity` of model and measurement, ``sparsity`` what was asked
-    for, ``zeros`` what came of it; speed-ups are over the dense model, which took turns with this one.
+    for, ``zeros`` what came of it; speed-ups are over the dense model, which took turns with this one. ``megabytes``
+    are in memory, ``checkpoint_megabytes`` in the files of ``save_pretrained(compress=True)``.
     """
 
     settings: str
@@ -63,6 +65,8 @@ class Row:
     prefill_tokens_per_s: float
     prefill_speedup: float
     megabytes: float
+    dense_megabytes: float
+    checkpoint_megabytes: float
     packed: int
     dtype: str
     device: str
@@ -246,6 +250,8 @@ def _measure(
         measure.prefill * 1e3 / ms["prefill"],
         gain["prefill"],
         megabytes(sparse),
+        megabytes(dense),
+        _checkpoint_megabytes(sparse),
         len(report.converted),
         str(parameter.dtype).removeprefix("torch."),
         str(parameter.device),
@@ -255,6 +261,12 @@ def _measure(
         fasticl.__version__,
         datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
+
+
+def _checkpoint_megabytes(model: nn.Module) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save_pretrained(model, folder, compress=True)
+        return sum(file.stat().st_size for file in checkpoint.weight_files(Path(folder))) / 1e6
 
 
 def _config(point: Point) -> Magnitude | Wanda | SparseGPT | NeuronActivation:

@@ -519,16 +519,16 @@ def test_paper_table(tmp_path: Path) -> None:
 
 
 def test_sweep_table(tmp_path: Path) -> None:
-    rest = (2.5, 512.0, 4.0, 99.5, 210, "bfloat16", "cpu", "A CPU", 2, "2.0", "0.1", "2026-01-01")
+    rest = (2.5, 512.0, 4.0, 99.5, 200.0, 80.0, 210, "bfloat16", "cpu", "A CPU", 2, "2.0", "0.1", "2026-01-01")
     row = sweep.Row("abc", "LM", "wanda", "2:4", 0.5, 0.5, 25.0, 20.0, None, None, 60.0, *rest)
     other = replace(row, pattern="unstructured", sparsity=0.7, perplexity=40.0)
     file = tmp_path / "sweep.csv"
     sweep._write([row, other], file)
     lines = tables.sweep_table(file).splitlines()
     assert lines[2:5] == [
-        "| dense | 20.0 | 1× | 1× | 0 |",
-        "| wanda, unstructured, 70% | 40.0 | 2.50× | 4.00× | 210 |",
-        "| wanda, 2:4, 50% | 25.0 | 2.50× | 4.00× | 210 |",
+        "| dense | 20.0 | 1× | 1× | 1× |",
+        "| wanda, unstructured, 70% | 40.0 | 2.50× | 4.00× | 0.40× |",
+        "| wanda, 2:4, 50% | 25.0 | 2.50× | 4.00× | 0.40× |",
     ]
     assert lines[-1] == "From `sweep.csv`: LM, bfloat16, A CPU, threads 2, torch 2.0, fasticl 0.1."
     sweep._write([row, replace(row, settings="def")], file)

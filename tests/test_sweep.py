@@ -77,7 +77,10 @@ def test_rows_are_what_was_measured(folder: Path, loaded: tuple[Any, Any], tmp_p
         assert row.accuracy is not None
         assert 0 <= row.accuracy <= 1
         assert (row.model, row.dtype, row.device, row.threads) == ("tiny", "float32", "cpu", 1)
+        assert row.dense_megabytes == pytest.approx(sum(p.numel() for p in model.parameters()) * 4e-6, rel=0.01)
+        assert 0.3 < row.checkpoint_megabytes / row.dense_megabytes < 1.05  # with its header
         assert min(row.decode_tokens_per_s, row.decode_speedup, row.prefill_tokens_per_s, row.prefill_speedup) > 0
+    assert rows[2].checkpoint_megabytes < 0.95 * rows[2].dense_megabytes  # without the neurons that are gone
     assert sweep.read(tmp_path / "out" / "sweep.csv") == rows
     assert (tmp_path / "out" / "sweep.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -130,9 +133,7 @@ def test_identity(folder: Path, loaded: tuple[Any, Any], tmp_path: Path) -> None
     assert len({here, *others}) == 1 + len(others)
 
 
-ROW = Row(
-    "0", "m", "wanda", "2:4", 0.5, 0.5, 9.0, 8.0, None, None, 1.0, 1.0, 1.0, 1.0, 1.0, 1, "f", "c", "", 1, "", "", ""
-)
+ROW = Row("0", "m", "wanda", "2:4", 0.5, 0.5, 9.0, 8.0, None, None, *[1.0] * 7, 1, "f", "c", "", 1, "", "", "")
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), max_size=12))
