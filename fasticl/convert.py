@@ -58,7 +58,7 @@ class LayerDecision:
     sparsity: float
     pattern: str
     kernel: str  # "dense", or a packed format, " int8" behind it for such values; of an MLP "fused_mlp", or "unfused";
-    # of a block "decoder_block", or "modules"
+    # of a block "decoder_block", or "modules"; of an LM head "dense by rows" too
     reason: str
     ms_dense: dict[int, float] = field(default_factory=dict)
     ms_sparse: dict[int, float] = field(default_factory=dict)
@@ -73,13 +73,15 @@ class ConversionReport:
     """``model`` is the converted model: the same object, or what replaced it if it was itself a linear or an MLP.
 
     ``layers`` has a decision for each linear, ``mlps`` for each MLP that could run as one op, ``blocks`` for each block
-    of a language model whose architecture is known.
+    of a language model whose architecture is known; ``head`` is that of its LM head, if that stays dense and its weight
+    has 16 bits.
     """
 
     model: nn.Module
     layers: list[LayerDecision]
     mlps: list[LayerDecision]
     blocks: list[LayerDecision] = field(default_factory=list)
+    head: LayerDecision | None = None
 
     @property
     def converted(self) -> list[LayerDecision]:
@@ -97,7 +99,7 @@ class ConversionReport:
         head = f"{len(self.converted)} of {len(self.layers)} linears run packed, {len(self.fused_mlps)} MLPs as one op"
         if self.blocks:
             head += f", {len(self.fused_blocks)} of {len(self.blocks)} blocks decode in C++"
-        return f"{head}\n{table([*self.layers, *self.mlps, *self.blocks])}"
+        return f"{head}\n{table([*self.layers, *self.mlps, *self.blocks, *filter(None, [self.head])])}"
 
 
 def convert(
@@ -123,7 +125,8 @@ def convert(
     Of a Hugging Face language model on the CPU in evaluation mode (architectures as for :class:`fasticl.Decoder`), the
     blocks, packed or dense, decode in C++ then, if that is so much faster at those numbers of ``tokens`` that are at
     most 8: one token each of up to so many sequences, behind a cache of any kind. Their modules stay, and everything
-    else goes through them.
+    else goes through them. A dense LM head of 16-bit weights, skipped or not, keeps its weight, and multiplies so few
+    tokens by this package's kernel for rows where that is faster.
 
     A module counts as an MLP if a small copy of it, on random tokens in eval mode, computes just that. Layers with
     hooks, and those whose weight their owner's ``forward`` reads, stay. Layers alike in shape, dtype, pattern and
@@ -153,7 +156,8 @@ def convert(
     report = replace(report, model=_replace(_replace(model, smaller), packed))
     if smaller or packed:
         make_serializable(report.model)
-    return replace(report, blocks=_fuse_blocks(report.model, min_speedup, tokens))
+    report = replace(report, blocks=_fuse_blocks(report.model, min_speedup, tokens))
+    return replace(report, head=_fuse_head(report.model, min_speedup, tokens))
 
 
 def explain(model: nn.Module, *, tokens: Sequence[int] = TOKENS) -> str:
@@ -391,6 +395,47 @@ def _fuse_blocks(model: nn.Module, min_speedup: float, tokens: Sequence[int]) ->
         blocks.unfuse(layer)
     why = why or f"decoder_block would be {_gains_text(gains)}"
     return decide("modules", why, ms_dense=ms["dense"], ms_sparse=ms["decoder_block"])
+
+
+def _fuse_head(model: Any, min_speedup: float, tokens: Sequence[int]) -> LayerDecision | None:
+    """Lets the dense LM head of a Hugging Face model on the CPU multiply a few tokens by rows where that pays."""
+    few = [m for m in tokens if m <= blocks.MAX_TOKENS]
+    try:
+        layers_of(model)
+        head = model.get_output_embeddings()
+    except (AttributeError, ValueError):
+        return None
+    weight = getattr(head, "weight", None)
+    if (
+        not few
+        or not isinstance(weight, Tensor)
+        or not weight.is_cpu
+        or weight.dtype not in (torch.bfloat16, torch.half)
+    ):
+        return None
+    blocks.unfuse(head)
+    if type(head) is not nn.Linear or blocks.has_hooks(head):
+        return None
+    ms: dict[str, dict[int, float]] = {"dense": {}, "dense by rows": {}}
+    fused = copy.copy(head)
+    blocks.fuse_head(fused, max(few))
+    with torch.inference_mode():
+        for m in few:
+            x = torch.randn(m, weight.shape[1], generator=torch.Generator().manual_seed(m)).to(weight)
+            calls = {"dense": [partial(head, x)], "dense by rows": [partial(fused, x)]}
+            for name, timing in interleaved(calls, seconds=LONGER * SECONDS).items():
+                ms[name][m] = timing.ms_p50
+    gains = _gains(ms, "dense by rows")
+    pays = _pays(gains, min_speedup)
+    if pays:
+        blocks.fuse_head(head, max(few))
+    kernel, reason = ("dense by rows", "") if pays else ("dense", "by rows would be ")
+    zeros = 1 - int(weight.count_nonzero()) / max(1, weight.numel())
+    name = next(name for name, module in model.named_modules() if module is head)
+    N, K = weight.shape
+    return LayerDecision(
+        name, (N, K), weight.dtype, zeros, "head", kernel, reason + _gains_text(gains), ms["dense"], ms["dense by rows"]
+    )
 
 
 def _block_decision(name: str, block: Block, kernel: str, reason: str, **ms: Any) -> LayerDecision:

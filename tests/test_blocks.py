@@ -407,3 +407,64 @@ def test_blocks_that_compute_something_else_stay(kind: str) -> None:
     report = fasticl.convert(model, min_speedup=0)
     assert not report.fused_blocks
     assert "model.layers.2" in report.blocks[0].reason
+
+
+# --- the head --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi"])  # phi's has a bias
+def test_a_dense_head_by_rows(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(name).to(dtype)
+    report = fasticl.convert(copy.deepcopy(model), min_speedup=0, tokens=(1, 3))
+    head = report.model.get_output_embeddings()
+    assert report.head is not None
+    assert (report.head.kernel, report.head.shape) == ("dense by rows", tuple(head.weight.shape))
+    assert set(report.head.speedup) == {1, 3}
+    assert "dense by rows" in str(report)
+    plain = model.get_output_embeddings()
+    by_torch = []
+    linear = nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", lambda *args: by_torch.append(None) or linear(*args))
+    for tokens, expected in ((1, 0), (3, 0), (4, 1)):
+        x = torch.randn(tokens, 1, head.in_features).to(dtype)
+        with torch.inference_mode():
+            found = head(x)
+            assert len(by_torch) == expected
+            exact = linear(x.double(), plain.weight.double(), None if plain.bias is None else plain.bias.double())
+        assert found.shape == exact.shape
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-3)
+    assert head(x[:1]).requires_grad  # where they are wanted, by PyTorch
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert head(x[:1].float()).dtype == torch.bfloat16
+
+
+def test_a_head_by_rows_stays_what_it_is(tmp_path: Path) -> None:
+    model = fasticl.convert(make("llama", torch.bfloat16, tie_word_embeddings=True), min_speedup=0).model
+    tokens = torch.randint(1, 94, (1, 5))
+    fasticl.save_pretrained(model, tmp_path / "saved")
+    again = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), fasticl.from_pretrained(tmp_path / "saved")]
+    for other in again:
+        head = other.get_output_embeddings()
+        assert isinstance(head, nn.Linear)
+        assert type(head).__name__ == "Linear"
+        assert isinstance(head, blocks.FusedHead) == (other is not again[2])  # files do not know how it ran
+        assert head.weight is other.get_input_embeddings().weight
+        assert torch.equal(generated(other, tokens).sequences, generated(model, tokens).sequences)
+    assert fasticl.convert(model, min_speedup=1e9).head.kernel == "dense"
+    assert type(model.get_output_embeddings()) is nn.Linear
+
+
+def test_heads_that_are_left_alone() -> None:
+    assert fasticl.convert(make("llama"), min_speedup=0).head is None  # PyTorch reads float32 as fast
+    assert fasticl.convert(make("llama").bfloat16(), min_speedup=0, tokens=(64,)).head is None
+    assert fasticl.convert(nn.Linear(8, 8).bfloat16(), min_speedup=0).head is None
+    packed = make("llama").bfloat16()
+    fasticl.sparsify_(packed, fasticl.Magnitude(0.5), filter_fn=lambda module, name: True)
+    report = fasticl.convert(packed, min_speedup=0, skip=())
+    assert isinstance(report.model.get_output_embeddings(), SparseLinear)
+    assert report.head is None
+    hooked = make("llama").bfloat16()
+    hooked.lm_head.register_forward_hook(lambda *_: None)
+    assert fasticl.convert(hooked, min_speedup=0).head is None
