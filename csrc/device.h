@@ -99,7 +99,7 @@ FASTICL_DEVICE void load_matrices(uint32_t (&matrices)[4], const void* row) {
 //   metadata, if t / 2 is the selector: of the four groups of columns 16 (t % 2).., lower first, four bits each, the
 //     places 0 to 3 of the lower and the upper value, the lower first; of row g below, of row g + 8 in bits 16 to 31
 // PTX ISA 9.7.14.6 (mma.sp, sparse m16n8k32 with .f16 and .bf16, figures of the fragments and of the metadata). Ordered
-// metadata (PTX 8.5) is that whose places ascend; elsewhere than on sm_80 plain mma.sp may be much slower.
+// metadata (PTX 8.5) is that whose places ascend; on some targets plain mma.sp is much slower, says the PTX ISA.
 #if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1205
 #define FASTICL_MMA_SP "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col."
 #else

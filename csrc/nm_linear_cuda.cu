@@ -10,7 +10,9 @@
 // Budget. A chunk's record is 1152 bytes for 16 x 64 positions: 1.125 bytes a position, and each is read once. While a
 // warp multiplies a chunk it has three more under way, 3456 kStrips bytes of weight: 12 warps of one strip, 8 of two or
 // 4 of four have 41, 55 or 55 KB a multiprocessor. Its ring takes 4608 kStrips + 576 tokens bytes: with 64 tokens 46 KB
-// for two strips. x is read once by each block, from L2: tokens / (9 kStrips) bytes for each byte of weight.
+// for two strips. x is read once by each block, from L2: tokens / (9 kStrips) bytes for each byte of weight, 0.4 with 8
+// tokens and two strips, but 3.6 with 64, where L2 may be the limit. N decides on kStrips: there must be a block for
+// nearly every multiprocessor, because blocks do not share K.
 #include "device.h"
 #include "nm_linear_cuda.h"
 
