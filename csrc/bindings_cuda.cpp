@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bitmap_linear_cuda.h"
+#include "nm_linear_cuda.h"
 
 #ifdef FASTICL_CUDA_ON_CPU
 #include "testing/cuda_on_cpu.h"
@@ -54,4 +55,26 @@ PYBIND11_MODULE(FASTICL_MODULE, m) {
       "depth"_a, "bias"_a, "activation"_a, "y"_a, "y_stride"_a, "dtype"_a, "device"_a, "stream"_a,
       "y = act(x W^T + b), W in the lane-stream layout, bfloat16 or float16. Addresses and strides (elements); nothing "
       "is checked here. Raises RuntimeError where CUDA refuses.");
+
+  m.attr("sparse_fragments") =
+      py::dict("STRIP"_a = sparse_fragments::kStrip, "CHUNK"_a = sparse_fragments::kChunk,
+               "RECORD"_a = sparse_fragments::kRecord / 4, "MAX_TOKENS"_a = sparse_fragments::kMaxTokens);
+  m.def(
+      "nm_linear",
+      [](Address x, int M, int64_t x_stride, Address fragments, int64_t N, int K, Address bias, int activation,
+         Address y, int64_t y_stride, int dtype, int device, Address stream, int strips, int splits) {
+        py::gil_scoped_release release;
+        NmLinearCuda p{};
+        p.x = pointer<const void>(x), p.M = M, p.x_stride = x_stride;
+        p.fragments = pointer<const unsigned char>(fragments);
+        p.N = N, p.strips = (N + 15) / 16, p.K = K, p.chunks = (K + 63) / 64;
+        p.bias = pointer<const void>(bias), p.activation = static_cast<Activation>(activation);
+        p.y = pointer<void>(y), p.y_stride = y_stride;
+        nm_linear_cuda(p, {strips, splits}, static_cast<DType>(dtype), device, stream);
+      },
+      "x"_a, "M"_a, "x_stride"_a, "fragments"_a, "N"_a, "K"_a, "bias"_a, "activation"_a, "y"_a, "y_stride"_a, "dtype"_a,
+      "device"_a, "stream"_a, "strips"_a = 0, "splits"_a = 0,
+      "y = act(x W^T + b), W 2:4 in the fragment layout, bfloat16 or float16, at most 64 tokens. Addresses and strides "
+      "(elements); nothing else is checked here. strips and splits, how blocks share the work, are chosen if 0. Raises "
+      "RuntimeError where CUDA refuses.");
 }

@@ -82,6 +82,47 @@ FASTICL_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Four matrices [8, 8] of 16-bit elements from shared memory: lane 8 i + j gives the address of row j of matrix i, 16
+// bytes aligned to 16, and lane 4 g + t gets of each its row g, columns 2t and 2t+1. Of x [tokens, columns] these are
+// operands B, which are held by columns.
+FASTICL_DEVICE void load_matrices(uint32_t (&matrices)[4], const void* row) {
+  const auto from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+               : "r"(from)
+               : "memory");
+}
+
+// d += A B, A [16, 32] of which two are stored in every four columns, B [32, 8], d as mma's. Lane l = 4g + t holds
+//   a[0] the two of A[g, 4t..4t+3], a[1] of A[g+8, 4t..], a[2] of A[g, 4t+16..], a[3] of A[g+8, 4t+16..]
+//   b[i] B[2t + 8i.., g]
+//   metadata, if t / 2 is the selector: of the four groups of columns 16 (t % 2).., lower first, four bits each, the
+//     places 0 to 3 of the lower and the upper value, the lower first; of row g below, of row g + 8 in bits 16 to 31
+// PTX ISA 9.7.14.6 (mma.sp, sparse m16n8k32 with .f16 and .bf16, figures of the fragments and of the metadata). Ordered
+// metadata (PTX 8.5) is that whose places ascend; on some targets plain mma.sp is much slower, says the PTX ISA.
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1205
+#define FASTICL_MMA_SP "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col."
+#else
+#define FASTICL_MMA_SP "mma.sp.sync.aligned.m16n8k32.row.col."
+#endif
+#define FASTICL_MMA_SP_OPERANDS " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%0,%1,%2,%3}, %12, %13;"
+
+template <int kSelector>
+FASTICL_DEVICE void mma_sp(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t metadata, bf16) {
+  asm(FASTICL_MMA_SP "f32.bf16.bf16.f32" FASTICL_MMA_SP_OPERANDS
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(metadata),
+        "n"(kSelector));
+}
+
+template <int kSelector>
+FASTICL_DEVICE void mma_sp(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t metadata, f16) {
+  asm(FASTICL_MMA_SP "f32.f16.f16.f32" FASTICL_MMA_SP_OPERANDS
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(metadata),
+        "n"(kSelector));
+}
+
 // ---- conversions --------------------------------------------------------------------------------------------
 
 FASTICL_DEVICE float to_float(bf16 v) { return __uint_as_float(static_cast<uint32_t>(v.bits) << 16); }
@@ -126,6 +167,17 @@ class DeviceGuard {
  private:
   int before_;
 };
+
+struct DeviceLimits {
+  int multiprocessors, shared_bytes;  // shared_bytes: the most that a block may ask for
+};
+
+inline DeviceLimits limits(int device, const char* what) {
+  DeviceLimits found;
+  check(cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, device), what);
+  check(cudaDeviceGetAttribute(&found.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), what);
+  return found;
+}
 
 // kernel<<<blocks, threads, shared_bytes, stream>>>(arguments...) on `device`. Allocates nothing and waits for
 // nothing, so that a CUDA graph can capture it.

@@ -9,7 +9,8 @@ The *portable* form is a bitmask and the stored values by rows, the tensors of c
 
 On the CPU the row kernels run on this form as it is: it streams a row's values once and needs a bit per position,
 ``4 d + 1/8`` bytes for float32 at density ``d``, and one copy serves one token and a thousand. On a GPU a bitmap weight
-is held in the order of its kernel too, ``PackedWeight.lanes`` (fasticl/lane_stream.py). Formats:
+is held in the order of its kernel too, ``PackedWeight.lanes`` (fasticl/lane_stream.py), and a 2:4 weight in that of the
+sparse tensor cores, ``PackedWeight.fragments`` (fasticl/sparse_fragments.py). Formats:
 
     bitmap   any zeros
     nm       exactly n values in every m consecutive columns; zeros are stored where a group has fewer
@@ -32,6 +33,7 @@ from torch import Tensor
 from fasticl import _C
 from fasticl.bits import count_bits, expand_bits, pack_bits, true_positions
 from fasticl.lane_stream import LaneStream, derive_lanes, to_lanes
+from fasticl.sparse_fragments import derive_fragments, to_fragments
 
 FORMATS = ("auto", "bitmap", "sliced", "nm", "compact", "dense")
 VALUES = (None, "int8")  # how values are stored: in the weight's dtype, or quantized
@@ -82,6 +84,7 @@ class PackedWeight:
     sliced: SlicedLayout | None = None
     lanes: LaneStream | None = None  # the CUDA kernel's layout: fasticl/lane_stream.py
     scales: Tensor | None = None  # of int8 values
+    fragments: Tensor | None = None  # the CUDA kernel's layout of 2:4: fasticl/sparse_fragments.py
 
     @property
     def dtype(self) -> torch.dtype:
@@ -107,6 +110,8 @@ class PackedWeight:
         """What one product with one token reads of the weight, in bytes: the numerator of the roofline."""
         if self.lanes is not None:
             return _bytes(self.lanes.tensors)
+        if self.fragments is not None:
+            return _bytes([self.fragments])
         if self.sliced is not None:
             return _bytes([*vars(self.sliced).values(), *([] if self.scales is None else [self.scales])])
         if self.format == "nm":  # rows are equally long
@@ -119,7 +124,7 @@ class PackedWeight:
         return self.shape[0] * self.shape[1] * self.dtype.itemsize
 
     def _tensors(self) -> list[Tensor]:
-        own = [self.values, self.scales, self.bitmask, self.row_offsets, self.rows, self.columns]
+        own = [self.values, self.scales, self.bitmask, self.row_offsets, self.rows, self.columns, self.fragments]
         derived = list(vars(self.sliced).values()) if self.sliced is not None else []
         derived += self.lanes.tensors if self.lanes is not None else []
         return [t for t in own + derived if t is not None]
@@ -167,7 +172,8 @@ class PackedWeight:
             return {name: t.to(device) if isinstance(t, Tensor) else t for name, t in fields.items()}
 
         sliced = None if self.sliced is None else SlicedLayout(**moved(vars(self.sliced)))
-        return _with_lanes(PackedWeight(**moved({**vars(self), "sliced": sliced, "lanes": None})))
+        portable = {**vars(self), "sliced": sliced, "lanes": None, "fragments": None}
+        return _with_device_layout(PackedWeight(**moved(portable)))
 
     def index_select(self, dim: int, index: Tensor) -> PackedWeight:
         """Some rows (``dim`` 0) or columns (1): what unpacks to ``unpack().index_select(dim, index)``, bit for bit.
@@ -240,7 +246,9 @@ class PackedWeight:
         if self.format == "sliced":
             self._validate_sliced()
         if self.lanes is not None:
-            self._validate_derived("lanes", self.lanes, to_lanes(self, self.lanes.splits))
+            self._validate_derived("lanes.", vars(self.lanes), vars(to_lanes(self, self.lanes.splits)))
+        if self.fragments is not None:
+            self._validate_derived("", {"fragments": self.fragments}, {"fragments": to_fragments(self)})
         return self
 
     def _validate_compact(self) -> None:
@@ -282,12 +290,12 @@ class PackedWeight:
         if self.sliced is None:
             _fail("sliced", "the derived layout", None)
         rebuilt = _slice(self.values, self.bitmask, self.row_offsets, self.shape[1])
-        self._validate_derived("sliced", self.sliced, rebuilt)
+        self._validate_derived("sliced.", vars(self.sliced), vars(rebuilt))
 
     @staticmethod
-    def _validate_derived(layout: str, held: SlicedLayout | LaneStream, rebuilt: SlicedLayout | LaneStream) -> None:
-        for name, expected in vars(rebuilt).items():
-            what, found = f"{layout}.{name}", getattr(held, name)
+    def _validate_derived(prefix: str, held: dict[str, Any], rebuilt: dict[str, Any]) -> None:
+        for name, expected in rebuilt.items():
+            what, found = prefix + name, held[name]
             if not isinstance(expected, Tensor):
                 _expect(found == expected, what, expected, found)
                 continue
@@ -356,7 +364,7 @@ def pack(
     row_offsets = torch.zeros(N + 1, dtype=torch.int64, device=weight.device)
     torch.cumsum(count_bits(bitmask), 0, out=row_offsets[1:])
     sliced = _slice(stored, bitmask, row_offsets, K) if format == "sliced" else None
-    return _with_lanes(
+    return _with_device_layout(
         PackedWeight(format, (N, K), stored, bitmask, row_offsets, pattern=pattern, sliced=sliced, scales=scales)
     )
 
@@ -414,10 +422,10 @@ def from_portable(
     packed = PackedWeight("bitmap", (N, K), values, bitmask, row_offsets, scales=scales)
     packed.validate()  # before any of it is used
     if format == "nm":
-        return dataclasses.replace(packed, format=format, pattern=pattern).validate()
+        return _with_device_layout(dataclasses.replace(packed, format=format, pattern=pattern).validate())
     if format == "sliced":
         return dataclasses.replace(packed, format=format, sliced=_slice(values, bitmask, row_offsets, K))
-    return _with_lanes(packed)
+    return _with_device_layout(packed)
 
 
 def from_dense(values: Tensor, scales: Tensor) -> PackedWeight:
@@ -515,9 +523,9 @@ def _slice(values: Tensor, bitmask: Tensor, row_offsets: Tensor, K: int) -> Slic
     return SlicedLayout(*(t.to(device) for t in (sliced_values, steps, offsets, order)))
 
 
-def _with_lanes(packed: PackedWeight) -> PackedWeight:
+def _with_device_layout(packed: PackedWeight) -> PackedWeight:
     """The weight with the layout that its device's kernel takes, if there is one."""
-    return dataclasses.replace(packed, lanes=derive_lanes(packed))
+    return dataclasses.replace(packed, lanes=derive_lanes(packed), fragments=derive_fragments(packed))
 
 
 def _as_integers(t: Tensor) -> Tensor:

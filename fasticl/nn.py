@@ -15,6 +15,7 @@ from fasticl.icl.model import FusedICLTransformer, ICLTransformer
 from fasticl.lane_stream import LaneStream, derive_lanes
 from fasticl.layers import is_linear
 from fasticl.ops._registry import check_activation, needs_grad
+from fasticl.sparse_fragments import derive_fragments
 
 __all__ = ["FusedICLTransformer", "ICLTransformer", "SparseLinear", "SparseMLP"]
 
@@ -97,6 +98,7 @@ class SparseLinear(nn.Module):
     columns: Tensor | None
     bias: nn.Parameter | None
     _lanes: LaneStream | None
+    _fragments: Tensor | None
 
     def __init__(self, packed: PackedWeight, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -138,7 +140,7 @@ class SparseLinear(nn.Module):
         layout = (None,) * len(_DERIVED) if packed.sliced is None else tuple(vars(packed.sliced).values())
         for name, tensor in zip(_DERIVED, layout, strict=True):
             self.register_buffer(name, tensor, persistent=False)
-        self._lanes = packed.lanes
+        self._lanes, self._fragments = packed.lanes, packed.fragments
 
     @property
     def packed(self) -> PackedWeight:
@@ -149,13 +151,15 @@ class SparseLinear(nn.Module):
         return PackedWeight(
             self.format, (self.out_features, self.in_features), self.values, self.bitmask, self.row_offsets,
             self.pattern, self.rows, self.columns, sliced, self._lanes, self.scales,
+            self._fragments,
         )  # fmt: skip
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
         """Moves or casts the tensors, and derives the CUDA kernel's layout from them anew where they then are."""
-        self._lanes = None
+        self._lanes = self._fragments = None
         super()._apply(fn, recurse)
-        self._lanes = derive_lanes(self.packed)
+        portable = self.packed
+        self._lanes, self._fragments = derive_lanes(portable), derive_fragments(portable)
         return self
 
     def to_dense(self) -> nn.Linear:
@@ -176,6 +180,8 @@ class SparseLinear(nn.Module):
                 return _OPS[self.format](x, *operands, bias, None, scales=scales)
             if self._lanes is not None:
                 return _OPS[self.format](x, *operands, bias, None, self._lanes.tensors, self._lanes.plan)
+            if self._fragments is not None:
+                return _OPS[self.format](x, *operands, bias, None, None, self._fragments)
             return _OPS[self.format](x, *operands, bias, None)
         return _CHECKED[self.format](x, self.packed, bias)
 

@@ -26,10 +26,15 @@ needs_cuobjdump = pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump")
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The machine code, and what ptxas says of it."""
-    cubin = tmp_path_factory.mktemp("cubin") / f"{request.param}.cubin"
-    target = f"-gencode=arch=compute_{request.param},code=sm_{request.param}"
-    command = [NVCC, "-O3", "-std=c++17", "-cubin", target, "-Icsrc", "csrc/bitmap_linear_cuda.cu", "-o", str(cubin)]
+    """The machine code of bitmap_linear, and what ptxas says of it."""
+    return compile_kernels("bitmap_linear", request.param, tmp_path_factory.mktemp("cubin"))
+
+
+def compile_kernels(op: str, architecture: str, folder: Path) -> tuple[Path, str]:
+    """The machine code of csrc/<op>_cuda.cu, and what ptxas says of it: a spill is an error."""
+    cubin = folder / f"{architecture}.cubin"
+    target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+    command = [NVCC, "-O3", "-std=c++17", "-cubin", target, "-Icsrc", f"csrc/{op}_cuda.cu", "-o", str(cubin)]
     command += ["-Xptxas=-v,-warn-spills,-warn-lmem-usage,-Werror"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -81,6 +86,37 @@ def test_machine_code(compiled: tuple[Path, str]) -> None:
             assert count <= 5 * 32, f"{name}: {count / 32:.2f} instructions a position, with the products"
 
 
+@needs_nvcc
+@needs_cuobjdump
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_machine_code_of_nm_linear(architecture: str, tmp_path: Path) -> None:
+    """No registers spilled, all products sparse, and weight and tokens move by 16 bytes a lane."""
+    cubin, said = compile_kernels("nm_linear", architecture, tmp_path)
+    registers = [int(count) for count in re.findall(r"Used (\d+) registers", said)]
+    kernels = kernels_of(cubin)
+    assert len(registers) == len(kernels) == 24  # two dtypes, four widths of tokens, three of outputs
+    assert max(registers) <= 255  # of 8 warps, which are all that a multiprocessor has room for
+    for name, instructions in kernels.items():
+        tiles, strips = map(int, re.search(r"Li(\d)ELi(\d)E", name).groups())
+        kind = r"\.BF16" if "4bf16" in name else ""
+        texts = [text for _, text in instructions]
+        products = [text for text in texts if "HMMA" in text]
+        for selector in (0, 1):
+            exact = rf"HMMA\.SP\.16832\.F32{kind} .*, 0x{selector}"
+            assert sum(re.search(exact, text) is not None for text in products) == tiles * strips, name
+        assert len(products) == 2 * tiles * strips, name
+        assert not [text for text in texts if re.search(r"\b(LDL|STL)\b", text)], f"{name}: local memory"
+        # Of a chunk the values of two steps; operands B of its steps and tiles.
+        assert sum("LDS.128" in text for text in texts) == 2 * strips, name
+        assert sum("LDSM.16.M88.4" in text for text in texts) == 2 * tiles, name
+        copies = [text for text in texts if "LDGSTS" in text]
+        wide = [text for text in copies if ".BYPASS.128" in text]
+        assert len(wide) >= 2 * strips + 1 + 2 * tiles, name
+        begin = min(at for at, text in instructions if "HMMA" in text)
+        end = max(at for at, text in instructions if "HMMA" in text)
+        assert not [text for at, text in instructions if begin < at < end and re.search(r"\bLDG\.", text)], name
+
+
 def test_the_module_needs_no_driver() -> None:
     """It imports and, without a GPU, says at a launch what is missing."""
     cuda = pytest.importorskip("fasticl._C_cuda")
@@ -88,6 +124,8 @@ def test_the_module_needs_no_driver() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match=r"bitmap_linear: .*needs an NVIDIA GPU and a driver for CUDA \d+\.\d"):
             cuda.bitmap_linear(0, 1, 64, 0, 0, 0, 0, 1, 64, 1, 4, 0, 0, 0, 64, 1, 0, 0)
+        with pytest.raises(RuntimeError, match=r"nm_linear: .*needs an NVIDIA GPU and a driver for CUDA \d+\.\d"):
+            cuda.nm_linear(0, 1, 64, 0, 1, 64, 0, 0, 0, 64, 1, 0, 0)
 
 
 @needs_cuobjdump

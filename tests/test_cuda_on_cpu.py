@@ -83,6 +83,24 @@ void product(const uint32_t* a, const uint32_t* b, float* d) {
       b[2 * threadIdx.x], b[2 * threadIdx.x + 1], T{});
 }
 
+template <class T, int kSelector>
+void sparse_product(const uint32_t* a, const uint32_t* b, const uint32_t* metadata, float* d) {
+  if (threadIdx.x >= 32) return;
+  mma_sp<kSelector>(reinterpret_cast<float(&)[4]>(d[4 * threadIdx.x]),
+                    reinterpret_cast<const uint32_t(&)[4]>(a[4 * threadIdx.x]),
+                    reinterpret_cast<const uint32_t(&)[4]>(b[4 * threadIdx.x]), metadata[threadIdx.x], T{});
+}
+
+// The four matrices have their rows in the order in which the lanes give them, `offset` bytes from 16.
+void matrices(const uint32_t* in, uint32_t* out, int offset) {
+  FASTICL_SHARED(shared);
+  if (threadIdx.x < 32) std::memcpy(shared + 16 * threadIdx.x, in + 4 * threadIdx.x, 16);
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    load_matrices(reinterpret_cast<uint32_t(&)[4]>(out[4 * threadIdx.x]), shared + 16 * threadIdx.x + offset);
+  }
+}
+
 #define API extern "C" __attribute__((visibility("default")))
 API const char* run_neighbours(unsigned s, int* out, bool b) { return run(s, 256, neighbours, out, b); }
 API const char* run_copied(unsigned s, const int* in, int* out, bool w) { return run(s, 256, copied, in, out, w); }
@@ -95,6 +113,12 @@ API const char* run_misaligned(const int* in) { return run(0, 256, misaligned, i
 API const char* run_product(const uint32_t* a, const uint32_t* b, float* d, bool half) {
   return half ? run(0, 0, product<f16>, a, b, d) : run(0, 0, product<bf16>, a, b, d);
 }
+API const char* run_sparse_product(const uint32_t* a, const uint32_t* b, const uint32_t* m, float* d, bool half,
+                                   bool s) {
+  if (s) return half ? run(0, 0, sparse_product<f16, 1>, a, b, m, d) : run(0, 0, sparse_product<bf16, 1>, a, b, m, d);
+  return half ? run(0, 0, sparse_product<f16, 0>, a, b, m, d) : run(0, 0, sparse_product<bf16, 0>, a, b, m, d);
+}
+API const char* run_matrices(const uint32_t* in, uint32_t* out, int o) { return run(0, 640, matrices, in, out, o); }
 API uint32_t call_permute(uint32_t a, uint32_t b, uint32_t s) { return permute(a, b, s); }
 API uint32_t call_wrap(uint32_t l, uint32_t h, uint32_t s) { return shift_right_wrap(l, h, s); }
 API uint32_t call_clamp(uint32_t l, uint32_t h, uint32_t s) { return shift_right_clamp(l, h, s); }
@@ -115,7 +139,8 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     command += [*(cuda_on_cpu.SANITIZERS if sanitized else ()), "kernels.cpp", "-o", "kernels.so"]
     subprocess.run(command, cwd=folder, check=True)
     library = ctypes.CDLL(str(Path(folder, "kernels.so")))
-    for name in ("neighbours", "copied", "overwritten", "left_alone", "apart", "misaligned", "product"):
+    runs = ("neighbours", "copied", "overwritten", "left_alone", "apart", "misaligned", "product", "sparse_product")
+    for name in (*runs, "matrices"):
         getattr(library, f"run_{name}").restype = ctypes.c_char_p
     for name in ("permute", "wrap", "clamp"):
         getattr(library, f"call_{name}").restype = ctypes.c_uint32
@@ -173,6 +198,65 @@ def test_mma_is_the_product_of_its_fragments(kernels: ctypes.CDLL, dtype: torch.
         for index, value in zip(of_lane, values, strict=True):
             result[index] = float(value)
     torch.testing.assert_close(result.double(), a.double() @ b.double() + c.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("selector", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sparse_mma_is_the_product_of_its_fragments(kernels: ctypes.CDLL, dtype: torch.dtype, selector: int) -> None:
+    """By the tables of the PTX manual for sparse mma.m16n8k32: elements a0 to a7 and their columns, b0 to b7, c0 to c3,
+    metadata ``T4g+2s: [15..0]`` of row g and ``[31..16]`` of row g + 8, ``T4g+2s+1`` of columns 16 to 31.
+    """
+    places = torch.rand(16, 8, 4).argsort(-1)[..., :2].sort(-1).values  # [row, four columns, two values]
+    values = torch.randn(16, 8, 2).to(dtype)
+    a = torch.zeros(16, 8, 4, dtype=dtype).scatter_(2, places, values).view(16, 32)
+    b, c = torch.randn(32, 8).to(dtype), torch.randn(16, 8)
+    b_outside = b.clone()
+    b_outside[4] = float("nan")  # is multiplied only where a value is stored
+    lanes = [(lane >> 2, lane % 4) for lane in range(32)]
+    a_elements = [
+        [values[g + 8 * (i in (2, 3, 6, 7)), (4 * t + 16 * (i >= 4)) // 4, i % 2] for i in range(8)] for g, t in lanes
+    ]
+    metadata = np.random.default_rng(0).integers(0, 2**32, 32, np.uint32)  # of lanes that are not asked: anything
+    for g in range(8):
+        for half in range(2):
+            bits = 0
+            for upper in range(2):
+                for chunk in range(4):
+                    first, second = places[g + 8 * upper, 4 * half + chunk].tolist()
+                    bits |= (first | second << 2) << 16 * upper + 4 * chunk
+            metadata[4 * g + 2 * selector + half] = bits
+    c_index = [[(g + 8 * (i >= 2), 2 * t + (i & 1)) for i in range(4)] for g, t in lanes]
+    for given in (b, b_outside):
+        b_elements = [[given[2 * t + (i & 1) + 8 * (i // 2), g] for i in range(8)] for g, t in lanes]
+        held = np.array([[float(c[index]) for index in of_lane] for of_lane in c_index], np.float32)
+        words = [torch.tensor(elements, dtype=dtype).view(torch.int32).numpy() for elements in (a_elements, b_elements)]
+        half = ctypes.c_bool(dtype == torch.float16)
+        arguments = (*map(pointer, (*words, metadata, held)), half, ctypes.c_bool(selector))
+        assert kernels.run_sparse_product(*arguments) is None
+        result = torch.zeros(16, 8)
+        for of_lane, numbers in zip(c_index, held, strict=True):
+            for index, number in zip(of_lane, numbers, strict=True):
+                result[index] = float(number)
+        stored = torch.zeros(16, 8, 4, dtype=torch.bool).scatter_(2, places, True).view(16, 32)
+        products = torch.where(stored[..., None], a.double()[..., None] * given.double(), 0.0)
+        torch.testing.assert_close(result.double(), products.sum(1) + c.double(), rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert 0 < result.isnan().sum() < result.numel()
+    metadata[2 * selector] ^= 0b1111  # places p become 3 - p and descend
+    message = kernels.run_sparse_product(*arguments)
+    assert b"metadata that do not ascend" in message
+
+
+def test_matrices_are_operand_b(kernels: ctypes.CDLL) -> None:
+    """Row n of x [8 tokens, 32 columns] is column n of B, whose elements lie as mma takes them."""
+    x = np.arange(8 * 32, dtype=np.uint16).reshape(8, 32)
+    rows = np.ascontiguousarray(x.reshape(8, 4, 8).transpose(1, 0, 2))  # lane 8 i + j: row j of matrix i
+    out = np.zeros((32, 4), np.uint32)
+    assert kernels.run_matrices(pointer(rows), pointer(out), ctypes.c_int(0)) is None
+    for lane, words in enumerate(out.view(np.uint16).reshape(32, 4, 2)):
+        g, t = lane // 4, lane % 4
+        for i in range(4):
+            assert list(words[i]) == [x[g, 2 * t + 8 * i], x[g, 2 * t + 8 * i + 1]]
+    assert b"ldmatrix: a misaligned address" in kernels.run_matrices(pointer(rows), pointer(out), ctypes.c_int(4))
 
 
 def test_bits(kernels: ctypes.CDLL) -> None:

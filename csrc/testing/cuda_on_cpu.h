@@ -258,6 +258,43 @@ void multiply(const std::vector<void*>& lanes, T type) {
   }
 }
 
+struct SparseOperands {
+  float* d;
+  const uint32_t *a, *b;
+  uint32_t metadata;
+};
+
+// mma.sp::ordered_metadata.m16n8k32 by the PTX ISA's section "Matrix Fragments for sparse mma.m16n8k32 with .f16 and
+// .bf16 types": element a_i of a lane, i from 0 to 7, is of row laneid / 4, but 8 more for i = 2, 3, 6 and 7, and of
+// the four columns that begin at laneid % 4 * 4, but 16 more from i = 4 on; which of the four, the metadata say. Those
+// of columns 0 to 15 are in the first, of 16 to 31 in the second lane of the pair that the selector chooses among four:
+// of the lane's row in bits 0 to 15, of the row 8 below it in bits 16 to 31, two bits a value from the lowest column
+// on. b_i is of row laneid % 4 * 2 + i % 2 + i / 2 * 8, column laneid / 4. What is not stored is not multiplied.
+template <class T>
+void multiply_sparse(const std::vector<void*>& lanes, int selector, T type) {
+  const auto of = [&](int lane) -> const SparseOperands& { return *static_cast<const SparseOperands*>(lanes[lane]); };
+  for (int row = 0; row < 16; ++row) {
+    for (int column = 0; column < 8; ++column) {
+      float& d = of(row % 8 * 4 + column / 2).d[row / 8 * 2 + column % 2];
+      for (int chunk = 0; chunk < 8; ++chunk) {  // four columns of A
+        const uint32_t metadata = of(row % 8 * 4 + selector * 2 + chunk / 4).metadata >> row / 8 * 16;
+        const int low = metadata >> chunk % 4 * 4 & 3, high = metadata >> chunk % 4 * 4 >> 2 & 3;
+        if (low >= high) block->error = "mma.sp::ordered_metadata: metadata that do not ascend";
+        const uint32_t a = of(row % 8 * 4 + chunk % 4).a[chunk / 4 * 2 + row / 8];
+        for (const int i : {0, 1}) {
+          const int k = chunk * 4 + (i ? high : low);
+          d += value(a, i, type) * value(of(column * 4 + k % 8 / 2).b[k / 8], k % 2, type);
+        }
+      }
+    }
+  }
+}
+
+struct MatrixRow {
+  uint32_t* words;
+  const void* row;
+};
+
 }  // namespace cuda_on_cpu
 
 // ---- the vocabulary of device.h -----------------------------------------------------------------------------
@@ -311,6 +348,32 @@ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T type
   cuda_on_cpu::meet_warp("mma", &operands, [&](const auto& lanes) { cuda_on_cpu::multiply(lanes, type); });
 }
 
+template <int kSelector, class T>
+void mma_sp(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t metadata, T type) {
+  static_assert(kSelector == 0 || kSelector == 1, "a pair of lanes among four");
+  cuda_on_cpu::SparseOperands operands{d, a, b, metadata};
+  const char* const what = kSelector ? "mma.sp, selector 1" : "mma.sp, selector 0";
+  cuda_on_cpu::meet_warp(what, &operands,
+                         [&](const auto& lanes) { cuda_on_cpu::multiply_sparse(lanes, kSelector, type); });
+}
+
+// ldmatrix.m8n8.x4 by the PTX ISA: lanes 8 i to 8 i + 7 give the rows of matrix i; register i of a lane is of row
+// laneid / 4 of matrix i, and of its columns laneid % 4 * 2 and the next.
+inline void load_matrices(uint32_t (&matrices)[4], const void* row) {
+  using cuda_on_cpu::MatrixRow;
+  if (reinterpret_cast<uintptr_t>(row) % 16) cuda_on_cpu::block->error = "ldmatrix: a misaligned address";
+  MatrixRow own{matrices, row};
+  cuda_on_cpu::meet_warp("ldmatrix", &own, [](const auto& lanes) {
+    for (int lane = 0; lane < cuda_on_cpu::kWarp; ++lane) {
+      for (int i = 0; i < 4; ++i) {
+        const auto* const from = static_cast<const MatrixRow*>(lanes[8 * i + lane / 4]);
+        std::memcpy(static_cast<MatrixRow*>(lanes[lane])->words + i,
+                    static_cast<const unsigned char*>(from->row) + lane % 4 * 4, 4);
+      }
+    }
+  });
+}
+
 inline float to_float(bf16 v) { return cuda_on_cpu::value(v.bits, 0, v); }
 inline float to_float(f16 v) { return cuda_on_cpu::value(v.bits, 0, v); }
 
@@ -324,6 +387,12 @@ inline void from_float(float v, f16& result) {
   const _Float16 rounded = static_cast<_Float16>(v);
   std::memcpy(&result.bits, &rounded, 2);
 }
+
+struct DeviceLimits {
+  int multiprocessors, shared_bytes;
+};
+
+inline DeviceLimits limits(int, const char*) { return {132, cuda_on_cpu::kSharedLimit}; }
 
 template <class... Parameters, class... Arguments>
 void launch(const char* what, void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes, int,

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from fasticl import _C
+from fasticl import _C, sparse_fragments
 from fasticl.formats import PackedWeight
 from fasticl.ops import _linear
 from fasticl.ops import _registry as registry
+
+try:
+    from fasticl import _C_cuda
+except ImportError:  # not built: CUDA tensors run the Triton kernel
+    _C_cuda = None  # type: ignore[assignment]
 
 
 def nm_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
@@ -26,6 +33,9 @@ def nm_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, activ
     Returns:
         ``[..., N]`` in ``x.dtype``; products accumulate in float32, the result is rounded once.
 
+    On CUDA the C++ kernel, for 2:4 and up to 64 tokens, multiplies what is stored, zeros that fill a group included,
+    and nothing else: an infinite or NaN x gives NaN there, and elsewhere, unlike in the dense product, nothing.
+
     Raises:
         TypeError: ``x`` or ``bias`` is not of the weight's dtype, or ``weight`` is no PackedWeight.
         ValueError: shapes, devices or the format do not fit, or the activation is unknown.
@@ -35,12 +45,12 @@ def nm_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, activ
     arguments = (x, weight.values, bitmask, bias, activation, weight.scales)
     if registry.needs_grad(x, weight.values, bias, weight.scales):
         return reference(*arguments)
-    return torch.ops.fasticl.nm_linear(*arguments)
+    return torch.ops.fasticl.nm_linear(*arguments, weight.fragments)
 
 
 def reference(
     x: Tensor, values: Tensor, bitmask: Tensor | None, bias: Tensor | None, activation: str | None,
-    scales: Tensor | None = None,
+    scales: Tensor | None = None, fragments: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     dense = values if bitmask is None else _linear.dense_from_bitmap(values, bitmask, x.shape[-1])
     return _linear.reference_linear(x, dense, bias, activation, scales)
@@ -48,14 +58,14 @@ def reference(
 
 def _fake(
     x: Tensor, values: Tensor, bitmask: Tensor | None, bias: Tensor | None, activation: str | None,
-    scales: Tensor | None = None,
+    scales: Tensor | None = None, fragments: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return _linear.fake_linear(x, (values if bitmask is None else bitmask).shape[0])
 
 
 def cpu(
     x: Tensor, values: Tensor, bitmask: Tensor | None, bias: Tensor | None, activation: str | None,
-    scales: Tensor | None = None,
+    scales: Tensor | None = None, fragments: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """``bitmask`` is None of a dense weight, whose ``values`` are [N, K]."""
     if not _linear.kernel_takes(x):
@@ -72,10 +82,42 @@ def cpu(
     return y
 
 
+def cuda(
+    x: Tensor, values: Tensor, bitmask: Tensor | None, bias: Tensor | None, activation: str | None,
+    scales: Tensor | None = None, fragments: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Who computes: C++ for up to 64 tokens and a weight that has ``fragments`` (fasticl/sparse_fragments.py), the
+    reference for int8 values, Triton for all else: more tokens, other patterns, float32, an extension not built.
+    """
+    if scales is not None:
+        return reference(x, values, bitmask, bias, activation, scales)
+    if fragments is None or math.prod(x.shape[:-1]) > sparse_fragments.MAX_TOKENS:
+        return _triton(x, values, bitmask, bias, activation)
+    if x.dtype not in sparse_fragments.DTYPES:
+        raise TypeError(f"nm_linear: x: expected dtype bfloat16 or float16 with fragments, got {x.dtype}")
+    N, K = values.shape[0] if bitmask is None else bitmask.shape[0], x.shape[-1]
+    expected = (-(-N // sparse_fragments.STRIP), -(-K // sparse_fragments.CHUNK), sparse_fragments.RECORD)
+    registry.check_shape("nm_linear: fragments", fragments, expected)
+    x2, M, stride = registry.rows(x)
+    bias = registry.contiguous(bias)
+    y = x.new_empty((*x.shape[:-1], N))
+    device, current_stream = registry.cuda_stream(x)
+    _C_cuda.nm_linear(
+        x2.data_ptr(), M, stride, fragments.data_ptr(), N, K, registry.address(bias), registry.ACTIVATIONS[activation],
+        y.data_ptr(), N, registry.DTYPES[x.dtype], device, current_stream,
+    )  # fmt: skip
+    return y
+
+
+_triton = registry.by_triton("nm_linear", reference)
+
 registry.define(
-    "nm_linear(Tensor x, Tensor values, Tensor? bitmask, Tensor? bias, str? activation, Tensor? scales=None) -> Tensor",
+    "nm_linear(Tensor x, Tensor values, Tensor? bitmask, Tensor? bias, str? activation, Tensor? scales=None, "
+    "Tensor? fragments=None) -> Tensor",
     reference=reference,
     fake=_fake,
     cpu=cpu,
     triton=True,
+    cuda=cuda if _C_cuda is not None else None,
+    cuda_name="CUDA C++ (2:4, bfloat16, float16, up to 64 tokens), else Triton",
 )
