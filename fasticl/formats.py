@@ -240,7 +240,7 @@ class PackedWeight:
         if self.format == "sliced":
             self._validate_sliced()
         if self.lanes is not None:
-            self._validate_derived("lanes", self.lanes, to_lanes(self, self.lanes.splits))
+            self._validate_derived("lanes", self.lanes, to_lanes(self, self.lanes.splits, self.lanes.blocks))
         return self
 
     def _validate_compact(self) -> None:
