@@ -129,20 +129,20 @@ class Stream {
 };
 
 template <class T, int kTiles>
-__global__ void __launch_bounds__(kMaxWarps * 32) bitmap_linear_kernel(const BitmapLinearCuda p) {
+__global__ void __launch_bounds__(kMaxWarps * 32, 2)  // at most 12 warps fit: 128 registers cost nothing
+    bitmap_linear_kernel(const BitmapLinearCuda p) {
   FASTICL_SHARED(shared);  // the table of nibbles, then kWarpBytes a warp
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int g = lane / 4, t = lane % 4;
-  const int block = blockIdx.x % p.blocks;          // of those that share
-  const int64_t shared_by = blockIdx.x / p.blocks;  // a strip and tile of tokens
+  const unsigned blocks = p.blocks, block = blockIdx.x % blocks;  // those that share a strip and tile of tokens
+  const unsigned shared_by = blockIdx.x / blocks;
   const int64_t strip = shared_by / p.token_tiles;
   const int64_t token0 = shared_by % p.token_tiles * kTiles * 8;
   if (threadIdx.x < 16) reinterpret_cast<uint2*>(shared)[threadIdx.x] = nibble_entry(threadIdx.x);
   __syncthreads();
 
-  const int64_t share = block * warps + warp, shares = p.blocks * warps;
-  const int first = static_cast<int>(p.chunks * share / shares),
-            last = static_cast<int>(p.chunks * (share + 1) / shares);
+  const unsigned share = block * warps + warp, shares = blocks * warps, chunks = p.chunks;  // products are below 2^32
+  const int first = chunks * share / shares, last = chunks * (share + 1) / shares;
   unsigned char* const memory = shared + kTableBytes + warp * kWarpBytes;
   Stream stream(p, memory, strip, first, last);
   for (int i = 0; i < p.depth; ++i) stream.fetch();
@@ -237,20 +237,20 @@ __global__ void __launch_bounds__(kMaxWarps * 32) bitmap_linear_kernel(const Bit
   }
 
   auto* const counts = static_cast<unsigned long long*>(p.workspace);
-  float* const partial = reinterpret_cast<float*>(counts + p.strips * p.token_tiles) + shared_by * p.blocks * kSums;
+  float* const partial =
+      reinterpret_cast<float*>(counts + p.strips * p.token_tiles) + static_cast<int64_t>(shared_by) * p.blocks * kSums;
   for (int i = threadIdx.x; i < kSums; i += blockDim.x) partial[block * kSums + i] = add_warps(i);
   // Writes of all threads, barrier, fence, count; count, fence, barrier, reads of all threads: whoever counts last
   // reads what the others wrote before they counted.
   __syncthreads();
+  bool is_last = false;
   if (threadIdx.x == 0) {
     __threadfence();
-    const bool is_last = arrive(counts + shared_by) == p.blocks;
+    is_last = arrive(counts + shared_by) == p.blocks;
     __threadfence();
-    if (is_last) counts[shared_by] = kCounts;   // for the next replay of a CUDA graph
-    *reinterpret_cast<int*>(shared) = is_last;  // over the table, which nobody needs any more
+    if (is_last) counts[shared_by] = kCounts;  // for the next replay of a CUDA graph
   }
-  __syncthreads();
-  if (!*reinterpret_cast<const int*>(shared)) return;
+  if (!__syncthreads_or(is_last)) return;
   for (int i = threadIdx.x; i < kSums; i += blockDim.x) {
     float sum = 0.0f;
     for (int b = 0; b < p.blocks; ++b) sum += partial[b * kSums + i];

@@ -74,8 +74,8 @@ def test_machine_code(compiled: tuple[Path, str]) -> None:
         assert not local, f"{name}: local memory: {local[:3]}"
         assert sum("LDGSTS" in text for _, text in instructions) >= 3, name
         # Blocks that share a strip: barrier, fence, count, fence, barrier.
-        meeting = [text for _, text in instructions if re.search(r"\b(BAR\.SYNC|MEMBAR|ATOMG?\.)", text)]
-        kinds = "".join(re.search("BAR.S|MEM|ATOM", text)[0][0] for text in meeting)
+        meeting = [text for _, text in instructions if re.search(r"\b(BAR\.(SYNC|RED)|MEMBAR|ATOMG?)\.", text)]
+        kinds = "".join(re.search(r"\b(BAR|MEM|ATOM)", text)[0][0] for text in meeting)
         assert re.search("BMA+MB", kinds), f"{name}: {meeting}"
         assert all("GPU" in text for text in meeting if "MEMBAR" in text), f"{name}: {meeting}"
         if tiles == 1:

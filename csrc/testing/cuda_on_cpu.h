@@ -317,6 +317,16 @@ inline void __syncthreads() {
   cuda_on_cpu::meet(cuda_on_cpu::block->all, 0, "__syncthreads", nullptr, [](const auto&) {});
 }
 
+inline int __syncthreads_or(int predicate) {
+  int any = predicate;
+  cuda_on_cpu::meet(cuda_on_cpu::block->all, 0, "__syncthreads_or", &any, [](const auto& threads) {
+    int result = 0;
+    for (void* thread : threads) result |= *static_cast<int*>(thread) != 0;
+    for (void* thread : threads) *static_cast<int*>(thread) = result;
+  });
+  return any;
+}
+
 inline void __syncwarp() {
   cuda_on_cpu::meet_warp("__syncwarp", nullptr, [](const auto&) {});
 }
