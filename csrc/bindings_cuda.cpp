@@ -35,24 +35,28 @@ PYBIND11_MODULE(FASTICL_MODULE, m) {
       py::dict("LAG"_a = lane_stream::kLag, "RING"_a = lane_stream::kRing, "QUAD"_a = lane_stream::kQuad,
                "DEPTHS"_a = py::make_tuple(lane_stream::kMaxDepth, lane_stream::kMinDepth),
                "WARP_BYTES"_a = lane_stream::kWarpBytes, "TABLE_BYTES"_a = lane_stream::kTableBytes,
-               "MAX_SPLITS"_a = lane_stream::kMaxWarps);
+               "MAX_WARPS"_a = lane_stream::kMaxWarps, "MAX_BLOCKS"_a = lane_stream::kMaxBlocks);
+  m.def("bitmap_linear_workspace", &bitmap_linear_workspace, "M"_a, "strips"_a, "blocks"_a,
+        "Bytes of memory, whatever they hold, that bitmap_linear needs where several blocks share a strip.");
   m.def(
       "bitmap_linear",
       [](Address x, int64_t M, int64_t x_stride, Address values, Address masks, Address starts, Address row_order,
-         int64_t strips, int K, int splits, int depth, Address bias, int activation, Address y, int64_t y_stride,
-         int dtype, int device, Address stream) {
+         int64_t strips, int K, int splits, int blocks, int depth, Address workspace, Address bias, int activation,
+         Address y, int64_t y_stride, int dtype, int device, Address stream) {
         py::gil_scoped_release release;
         BitmapLinearCuda p{};
         p.x = pointer<const void>(x), p.M = M, p.x_stride = x_stride;
         p.values = pointer<const uint32_t>(values), p.masks = pointer<const uint32_t>(masks);
         p.starts = pointer<const int32_t>(starts), p.row_order = pointer<const int32_t>(row_order);
         p.strips = strips, p.chunks = (K + 63) / 64, p.K = K, p.depth = depth;
+        p.blocks = blocks, p.workspace = pointer<void>(workspace);
         p.bias = pointer<const void>(bias), p.activation = static_cast<Activation>(activation);
         p.y = pointer<void>(y), p.y_stride = y_stride;
-        bitmap_linear_cuda(p, splits, static_cast<DType>(dtype), device, stream);
+        bitmap_linear_cuda(p, splits / blocks, static_cast<DType>(dtype), device, stream);
       },
       "x"_a, "M"_a, "x_stride"_a, "values"_a, "masks"_a, "starts"_a, "row_order"_a, "strips"_a, "K"_a, "splits"_a,
-      "depth"_a, "bias"_a, "activation"_a, "y"_a, "y_stride"_a, "dtype"_a, "device"_a, "stream"_a,
+      "blocks"_a, "depth"_a, "workspace"_a, "bias"_a, "activation"_a, "y"_a, "y_stride"_a, "dtype"_a, "device"_a,
+      "stream"_a,
       "y = act(x W^T + b), W in the lane-stream layout, bfloat16 or float16. Addresses and strides (elements); nothing "
       "is checked here. Raises RuntimeError where CUDA refuses.");
 

@@ -3,7 +3,14 @@
 //
 // A block computes a strip of 16 outputs for up to 64 tokens. Each of its warps takes a share of K, runs on its own
 // through a ring in shared memory, and meets the others only at the end, where their sums are added in a fixed order:
-// split-K without a second kernel, without memory besides y, and with the same result every time.
+// split-K without a second kernel, and with the same result every time. Where strips are too few for the GPU, several
+// blocks share one: each leaves its sums in a workspace, and the last to come adds all of them, in their order and not
+// in that of coming. Thread block clusters would save the trips to L2 (about 0.4 us of 0.7, computed); sm_80 has none,
+// and would need what is here besides.
+//
+// The workspace is allocated for each call, so that calls on several streams share nothing, and a CUDA graph keeps that
+// of each call that it captured. What it holds does not matter: arrive() tells counts from whatever else is there.
+// Counters set to zero in advance would be wanted by two streams at once, or be one more kernel to launch.
 //
 // Budget. A warp's shared memory is kWarpBytes = 18 KiB: three blocks of four warps fill an sm_90 multiprocessor
 // (227 KiB), two fill one of sm_80 (163 KiB). At density d a warp has `depth` chunks of about 2048 d + 128 bytes under
@@ -59,6 +66,21 @@ FASTICL_DEVICE uint2 nibble_entry(uint32_t nibble) {
           static_cast<uint32_t>(selectors >> 16 * second & 0xffff) | before * 16 << 16};
 }
 
+// Bits 8 to 63 of a word that counts; chosen at random, so that no other data are taken for them (once in 2^56).
+constexpr unsigned long long kCounts = 0x9d3f'71c6'e8a2'5b00;
+
+// How many threads have come to the word, this one included. It counts from 0 whatever it held, as long as that was no
+// count: the last to come leaves 0.
+FASTICL_DEVICE int arrive(unsigned long long* word) {
+  unsigned long long seen = kCounts;
+  for (;;) {
+    const unsigned long long before = (seen & ~0xffull) == kCounts ? seen : kCounts;
+    const unsigned long long found = atomicCAS(word, seen, before + 1);
+    if (found == seen) return static_cast<int>(before & 0xff) + 1;
+    seen = found;
+  }
+}
+
 // What a warp has under way: rows of values to its ring and mask words beside them, one group of copies for a chunk.
 class Stream {
  public:
@@ -107,16 +129,20 @@ class Stream {
 };
 
 template <class T, int kTiles>
-__global__ void __launch_bounds__(kMaxWarps * 32) bitmap_linear_kernel(const BitmapLinearCuda p) {
+__global__ void __launch_bounds__(kMaxWarps * 32, 2)  // at most 12 warps fit: 128 registers cost nothing
+    bitmap_linear_kernel(const BitmapLinearCuda p) {
   FASTICL_SHARED(shared);  // the table of nibbles, then kWarpBytes a warp
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, splits = blockDim.x / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int g = lane / 4, t = lane % 4;
-  const int64_t strip = blockIdx.x / p.token_tiles;
-  const int64_t token0 = static_cast<int64_t>(blockIdx.x % p.token_tiles) * kTiles * 8;
+  const unsigned blocks = p.blocks, block = blockIdx.x % blocks;  // those that share a strip and tile of tokens
+  const unsigned shared_by = blockIdx.x / blocks;
+  const int64_t strip = shared_by / p.token_tiles;
+  const int64_t token0 = shared_by % p.token_tiles * kTiles * 8;
   if (threadIdx.x < 16) reinterpret_cast<uint2*>(shared)[threadIdx.x] = nibble_entry(threadIdx.x);
   __syncthreads();
 
-  const int first = p.chunks * warp / splits, last = p.chunks * (warp + 1) / splits;
+  const unsigned share = block * warps + warp, shares = blocks * warps, chunks = p.chunks;  // products are below 2^32
+  const int first = chunks * share / shares, last = chunks * (share + 1) / shares;
   unsigned char* const memory = shared + kTableBytes + warp * kWarpBytes;
   Stream stream(p, memory, strip, first, last);
   for (int i = 0; i < p.depth; ++i) stream.fetch();
@@ -189,42 +215,87 @@ __global__ void __launch_bounds__(kMaxWarps * 32) bitmap_linear_kernel(const Bit
 #pragma unroll  // into the ring: all copies have landed there, and no other lane reads this one's words
   for (int i = 0; i < kTiles * 4; ++i) reinterpret_cast<float*>(memory)[i * 32 + lane] = sums[i / 4][i % 4];
   __syncthreads();
-  for (int i = threadIdx.x; i < kTiles * 8 * kStrip; i += blockDim.x) {
+  constexpr int kSums = kTiles * 8 * kStrip;
+  const auto add_warps = [&](int i) {
     const int output = i % kStrip, column = i / kStrip;
-    const int64_t token = token0 + column, n = p.row_order[strip * kStrip + output];
-    if (token >= p.M || n < 0) continue;
     const int held = (column / 8 * 4 + output / 8 * 2 + column % 2) * 32 + output % 8 * 4 + column % 8 / 2;
     float sum = 0.0f;
-    for (int w = 0; w < splits; ++w) {
+    for (int w = 0; w < warps; ++w) {
       sum += reinterpret_cast<const float*>(shared + kTableBytes + w * kWarpBytes)[held];
     }
+    return sum;
+  };
+  const auto write = [&](int i, float sum) {
+    const int64_t token = token0 + i / kStrip, n = p.row_order[strip * kStrip + i % kStrip];
+    if (token >= p.M || n < 0) return;
     if (p.bias) sum += to_float(static_cast<const T*>(p.bias)[n]);
     from_float(activate(p.activation, sum), static_cast<T*>(p.y)[token * p.y_stride + n]);
+  };
+  if (p.blocks == 1) {
+    for (int i = threadIdx.x; i < kSums; i += blockDim.x) write(i, add_warps(i));
+    return;
+  }
+
+  auto* const counts = static_cast<unsigned long long*>(p.workspace);
+  float* const partial =
+      reinterpret_cast<float*>(counts + p.strips * p.token_tiles) + static_cast<int64_t>(shared_by) * p.blocks * kSums;
+  for (int i = threadIdx.x; i < kSums; i += blockDim.x) partial[block * kSums + i] = add_warps(i);
+  // Writes of all threads, barrier, fence, count; count, fence, barrier, reads of all threads: whoever counts last
+  // reads what the others wrote before they counted.
+  __syncthreads();
+  bool is_last = false;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    is_last = arrive(counts + shared_by) == p.blocks;
+    __threadfence();
+    if (is_last) counts[shared_by] = kCounts;  // for the next replay of a CUDA graph
+  }
+  if (!__syncthreads_or(is_last)) return;
+  for (int i = threadIdx.x; i < kSums; i += blockDim.x) {
+    float sum = 0.0f;
+    for (int b = 0; b < p.blocks; ++b) sum += partial[b * kSums + i];
+    write(i, sum);
   }
 }
 
+int tiles_of(int64_t M) { return M <= 8 ? 1 : M <= 16 ? 2 : M <= 32 ? 4 : 8; }  // of 8 tokens, a block
+
+int64_t token_tiles_of(int64_t M) { return (M + tiles_of(M) * 8 - 1) / (tiles_of(M) * 8); }
+
 template <class T, int kTiles>
-void run(BitmapLinearCuda p, int splits, int device, uintptr_t stream) {
-  p.token_tiles = static_cast<int>((p.M + kTiles * 8 - 1) / (kTiles * 8));
-  p.x_vectors = reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && (p.M == 1 || p.x_stride % 8 == 0);
-  launch("bitmap_linear", bitmap_linear_kernel<T, kTiles>, p.strips * p.token_tiles, splits * 32,
-         kTableBytes + splits * kWarpBytes, device, stream, p);
+void run(const BitmapLinearCuda& p, int warps, int device, uintptr_t stream) {
+  launch("bitmap_linear", bitmap_linear_kernel<T, kTiles>, p.strips * p.token_tiles * p.blocks, warps * 32,
+         kTableBytes + warps * kWarpBytes, device, stream, p);
 }
 
 template <class T>
-void run(const BitmapLinearCuda& p, int splits, int device, uintptr_t stream) {
-  if (p.M <= 8) return run<T, 1>(p, splits, device, stream);
-  if (p.M <= 16) return run<T, 2>(p, splits, device, stream);
-  if (p.M <= 32) return run<T, 4>(p, splits, device, stream);
-  run<T, 8>(p, splits, device, stream);
+void run(BitmapLinearCuda p, int warps, int device, uintptr_t stream) {
+  p.token_tiles = static_cast<int>(token_tiles_of(p.M));
+  p.x_vectors = reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && (p.M == 1 || p.x_stride % 8 == 0);
+  switch (tiles_of(p.M)) {
+    case 1:
+      return run<T, 1>(p, warps, device, stream);
+    case 2:
+      return run<T, 2>(p, warps, device, stream);
+    case 4:
+      return run<T, 4>(p, warps, device, stream);
+    default:
+      return run<T, 8>(p, warps, device, stream);
+  }
 }
 
 }  // namespace
 
-void bitmap_linear_cuda(BitmapLinearCuda p, int splits, DType dtype, int device, uintptr_t stream) {
+int64_t bitmap_linear_workspace(int64_t M, int64_t strips, int blocks) {
+  if (blocks == 1) return 0;
+  const int64_t sums = int64_t{tiles_of(M)} * 8 * kStrip * blocks;
+  return strips * token_tiles_of(M) * (int64_t{sizeof(unsigned long long)} + sums * int64_t{sizeof(float)});
+}
+
+void bitmap_linear_cuda(BitmapLinearCuda p, int warps, DType dtype, int device, uintptr_t stream) {
   if (p.M == 0 || p.strips == 0) return;
-  if (dtype == DType::bf16) return run<bf16>(p, splits, device, stream);
-  run<f16>(p, splits, device, stream);
+  if (dtype == DType::bf16) return run<bf16>(p, warps, device, stream);
+  run<f16>(p, warps, device, stream);
 }
 
 }  // namespace fasticl

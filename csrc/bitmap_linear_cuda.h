@@ -19,6 +19,7 @@ constexpr int kWarpBytes = (kRing + kTail + kMasks) * kRow;
 constexpr int kTableBytes = 16 * 8;
 constexpr int kMinDepth = 4, kMaxDepth = 8;  // chunks
 constexpr int kMaxWarps = 8;                 // a block
+constexpr int kMaxBlocks = 8;                // that share a strip
 }  // namespace lane_stream
 
 // y[m, n] = act(sum_k x[m, k] W[n, k] + bias[n]); x, bias, y and the weight of one type, row strides in elements.
@@ -36,11 +37,16 @@ struct BitmapLinearCuda {
   Activation activation;
   void* y;  // [M, N]
   int64_t y_stride;
-  bool x_vectors;  // rows of x begin at multiples of 16 bytes
+  int blocks;       // that share a strip's K
+  void* workspace;  // bitmap_linear_workspace() bytes aligned to 8, whatever they hold
+  bool x_vectors;   // rows of x begin at multiples of 16 bytes
   int token_tiles;
 };
 
-// Runs it with `splits` warps a block, each on its share of K. Throws std::runtime_error where CUDA refuses.
-void bitmap_linear_cuda(BitmapLinearCuda p, int splits, DType dtype, int device, uintptr_t stream);
+// What blocks that share a strip need to meet, in bytes: none where there is one a strip.
+int64_t bitmap_linear_workspace(int64_t M, int64_t strips, int blocks);
+
+// Runs it with `warps` a block, each on its share of K. Throws std::runtime_error where CUDA refuses.
+void bitmap_linear_cuda(BitmapLinearCuda p, int warps, DType dtype, int device, uintptr_t stream);
 
 }  // namespace fasticl

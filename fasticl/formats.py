@@ -246,7 +246,9 @@ class PackedWeight:
         if self.format == "sliced":
             self._validate_sliced()
         if self.lanes is not None:
-            self._validate_derived("lanes.", vars(self.lanes), vars(to_lanes(self, self.lanes.splits)))
+            self._validate_derived(
+                "lanes.", vars(self.lanes), vars(to_lanes(self, self.lanes.splits, self.lanes.blocks))
+            )
         if self.fragments is not None:
             self._validate_derived("", {"fragments": self.fragments}, {"fragments": to_fragments(self)})
         return self

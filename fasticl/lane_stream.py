@@ -12,15 +12,17 @@ steps take columns 16 t + 4 s + i where the instruction counts 2 t + i is no mat
     starts     int32 [strips * chunks + 1]; the row that no lane has reached when a chunk begins
     row_order  int32 [strips * 16]; the row of W that an output of a strip is, -1 for none
 
-K is cut into ``splits`` shares of whole chunks, one for each warp of a block, and the streams of a share begin at one
-row. Within it a lane's stream runs on from chunk to chunk, except that it never lags more than ``LAG`` rows behind the
-leading one: a lane that would skips ahead. So a ring of ``RING`` rows in shared memory is enough for any weight. Rows
-are ordered by their counts where that saves bytes: lanes of rows about equally long end together.
+K is cut into ``splits`` shares of whole chunks, one for each warp of the ``blocks`` that share a strip, and the streams
+of a share begin at one row. Within it a lane's stream runs on from chunk to chunk, except that it never lags more than
+``LAG`` rows behind the leading one: a lane that would skips ahead. So a ring of ``RING`` rows in shared memory is
+enough for any weight. Rows are ordered by their counts where that saves bytes: lanes of rows about equally long end
+together.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,9 +40,14 @@ STRIP, CHUNK, LANES = 16, 64, 32  # outputs, columns, lanes
 LAG, RING, QUAD = 28, 112, 4  # rows; they are copied by four
 DEPTHS = (8, 4)  # chunks under way: the ring holds 4 of any weight, 8 where all chunks are sparse enough
 WARP_BYTES, TABLE_BYTES = 18432, 128  # shared memory of a warp, and of a block besides
-MAX_SPLITS = 8
+BLOCK_BYTES = 1024  # shared memory that CUDA takes of each block, and a multiprocessor has beyond a block's most
+MAX_WARPS, MAX_BLOCKS = 8, 8  # warps a block, blocks that share a strip
 WARPS = 12  # that a multiprocessor should have: how finely K is split
-MIN_SHARE = 8  # chunks: the ends of a share's streams are padding, which shorter shares have more of
+MIN_SHARE = 4  # chunks: those that a warp fetches ahead at least
+PADDING = 0.37  # of a share of c chunks of density 1/2 over sqrt(c): the longest of 32 lanes is 2 sigma above the mean
+MEETING = (
+    20  # chunks that a multiprocessor decodes while blocks meet: 0.7 us for four trips to L2, computed for an H200
+)
 MIN_SAVED = 0.02  # of the rows of values, for which outputs are reordered and y is written in pieces
 _SLAB = 1 << 20  # positions that are packed at a time: they stay in a core's cache, and memory is bounded
 
@@ -54,6 +61,7 @@ class LaneStream:
     starts: Tensor
     row_order: Tensor
     splits: int
+    blocks: int  # that share a strip, splits / blocks warps each
     depth: int  # chunks that are fetched ahead
 
     @property
@@ -62,22 +70,28 @@ class LaneStream:
 
     @property
     def plan(self) -> list[int]:
-        return [self.splits, self.depth]
+        return [self.splits, self.blocks, self.depth]
 
 
 def to_lanes(
-    packed: PackedWeight, splits: int | None = None, *, multiprocessors: int = 132, shared_bytes: int = 232448
+    packed: PackedWeight,
+    splits: int | None = None,
+    blocks: int = 1,
+    *,
+    multiprocessors: int = 132,
+    shared_bytes: int = 232448,
 ) -> LaneStream:
     """The lane-stream layout of a weight in the portable form, on its device.
 
     Args:
         packed: of format bitmap, sliced or nm; bfloat16 or float16.
-        splits: warps that share K, 1 to 8; None chooses them so that a GPU of ``multiprocessors`` and ``shared_bytes``
-            a block (by default an H200's) has enough to do.
+        splits: warps that share K; None chooses them, and the blocks, for a GPU of ``multiprocessors`` and
+            ``shared_bytes`` a block (by default an H200's): :func:`choose_split`.
+        blocks: 1 to 8 that they are in, 1 to 8 each.
 
     Raises:
         TypeError: the weight is of another dtype.
-        ValueError: it is compact or too large, or splits are out of range.
+        ValueError: it is compact or too large, or splits or blocks are out of range.
     """
     if packed.values.dtype not in DTYPES:
         raise TypeError(f"lane streams: expected values of dtype bfloat16 or float16, got {packed.values.dtype}")
@@ -87,11 +101,14 @@ def to_lanes(
     strips, chunks = -(-N // STRIP), -(-K // CHUNK)
     if strips * chunks >= 2**27 or K >= 2**31:  # a chunk adds up to 16 rows, which are counted in int32
         raise ValueError(f"lane streams: expected K < 2**31 and fewer than 2**27 strips times chunks, got {N} x {K}")
-    most = min(MAX_SPLITS, (shared_bytes - TABLE_BYTES) // WARP_BYTES)
     if splits is None:
-        splits = _choose_splits(strips, chunks, multiprocessors, most)
-    if not 1 <= splits <= most:
-        raise ValueError(f"lane streams: expected 1 to {most} splits, got {splits}")
+        splits, blocks = choose_split(strips, chunks, multiprocessors, shared_bytes)
+    if not 1 <= blocks <= MAX_BLOCKS:
+        raise ValueError(f"lane streams: expected 1 to {MAX_BLOCKS} blocks, got {blocks}")
+    most = blocks * _most_warps(shared_bytes)
+    if not 1 <= splits <= most or splits % blocks:
+        several = "" if blocks == 1 else f", divisible by the {blocks} blocks"
+        raise ValueError(f"lane streams: expected 1 to {most} splits{several}, got {splits}")
 
     dense = packed.unpack().view(torch.int16)
     row_order, masks, counts, advance, starts = _lay_out(packed, splits)
@@ -110,7 +127,7 @@ def to_lanes(
             elements = pad(elements, (0, -K % CHUNK))
         _fill(values[rows], elements, masks[some], counts[some], starts[some] - 2 * rows.start)
     depth = next(depth for depth in DEPTHS if depth == DEPTHS[-1] or _fits(advance, splits, depth))
-    return LaneStream(values, masks, first_rows.int(), row_order.int(), splits, depth)
+    return LaneStream(values, masks, first_rows.int(), row_order.int(), splits, blocks, depth)
 
 
 def derive_lanes(packed: PackedWeight) -> LaneStream | None:
@@ -159,10 +176,33 @@ def shares(chunks: int, splits: int) -> list[tuple[int, int]]:
     return [(chunks * i // splits, chunks * (i + 1) // splits) for i in range(splits)]
 
 
-def _choose_splits(strips: int, chunks: int, multiprocessors: int, most: int) -> int:
-    """Where there are strips for all multiprocessors at most 4, so that blocks are small enough to share one."""
-    wanted = -(-WARPS * multiprocessors // max(1, strips))
-    return max(1, min(wanted, 4 if strips >= multiprocessors else most, chunks // MIN_SHARE, most))
+def choose_split(strips: int, chunks: int, multiprocessors: int, shared_bytes: int) -> tuple[int, int]:
+    """``(splits, blocks)`` for a weight of ``strips`` times ``chunks``: those that take the least time by a model.
+
+    The busiest multiprocessor has ``ceil(strips * blocks / multiprocessors)`` blocks, works on as many at a time as its
+    shared memory holds, and decodes at full speed with ``WARPS`` warps, in proportion with fewer. Shorter shares have
+    more padding (``PADDING``), and blocks that share a strip meet at their end (``MEETING``). Nothing
+    but shapes and the GPU counts, so that a weight is split alike, and its sums are rounded alike, every time. The
+    constants are computed, not measured.
+    """
+    best = (math.inf, 1, 1)
+    for blocks in range(1, MAX_BLOCKS + 1):
+        for warps in range(1, _most_warps(shared_bytes) + 1):
+            splits = warps * blocks
+            if splits > 1 and chunks < splits * MIN_SHARE:
+                break
+            resident = (shared_bytes + BLOCK_BYTES) // (TABLE_BYTES + warps * WARP_BYTES + BLOCK_BYTES)
+            rounds, rest = divmod(-(-strips * blocks // multiprocessors), resident)
+            turns = rounds * max(resident, WARPS / warps) + (max(rest, WARPS / warps) if rest else 0)
+            padding = PADDING / math.sqrt(max(1, chunks) / splits)
+            meetings = rounds + (rest > 0) if blocks > 1 else 0
+            time = turns * chunks / blocks * (1 + padding) + MEETING * meetings
+            best = min(best, (time, splits, blocks))
+    return best[1:]
+
+
+def _most_warps(shared_bytes: int) -> int:
+    return min(MAX_WARPS, (shared_bytes - TABLE_BYTES) // WARP_BYTES)
 
 
 def _lay_out(packed: PackedWeight, splits: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

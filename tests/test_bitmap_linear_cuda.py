@@ -27,16 +27,19 @@ DTYPES = lane_stream.DTYPES
 CSRC = Path(__file__).parents[1] / "csrc"  # also where the package that is tested is a copy elsewhere
 TENSORS = ("values", "masks", "starts", "row_order")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
-# (N, K), splits, and why
+# (N, K), splits, blocks, and why
 SHAPES = {
-    "one_row": (1, 100, 1),
-    "one_column": (70, 1, 1),
-    "whole_strips_and_chunks": (32, 128, 2),
-    "n_and_k_of_no_multiple": (33, 75, 1),
-    "k_of_8_not_64": (17, 200, 3),
-    "more_splits_than_chunks": (20, 150, 8),
-    "shares_of_unequal_length": (16, 64 * 7, 4),
-    "the_ring_wraps": (16, 64 * 40, 1),
+    "one_row": (1, 100, 1, 1),
+    "one_column": (70, 1, 1, 1),
+    "whole_strips_and_chunks": (32, 128, 2, 1),
+    "n_and_k_of_no_multiple": (33, 75, 1, 1),
+    "k_of_8_not_64": (17, 200, 3, 1),
+    "more_splits_than_chunks": (20, 150, 8, 1),
+    "shares_of_unequal_length": (16, 64 * 7, 4, 1),
+    "the_ring_wraps": (16, 64 * 40, 1, 1),
+    "a_block_a_share": (33, 75, 2, 2),
+    "blocks_of_several_warps": (20, 64 * 13, 6, 3),
+    "more_blocks_than_chunks": (40, 100, 16, 8),
 }
 # Tokens and why: tiles of 8, 16, 32 and 64, full or not, and several of 64.
 TOKENS = (1, 7, 8, 9, 16, 17, 32, 33, 64, 65)
@@ -64,23 +67,42 @@ class Kernels:
             self.module.set_seed(seed)
 
     def __call__(
-        self, x: Tensor, lanes: LaneStream, y: Tensor, bias: Tensor | None = None, activation: str | None = None
+        self,
+        x: Tensor,
+        lanes: LaneStream,
+        y: Tensor,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+        workspace: Tensor | None = None,
     ) -> None:
         """``y = act(x W^T + bias)`` on matrices that may have row strides."""
         M, K = x.shape
         stream = torch.cuda.current_stream().cuda_stream if self.device == "cuda" else 0
+        workspace = self.workspace(M, lanes) if workspace is None else workspace
         self.module.bitmap_linear(
             x.data_ptr(), M, x.stride(0), lanes.values.data_ptr(), lanes.masks.data_ptr(), lanes.starts.data_ptr(),
-            lanes.row_order.data_ptr(), lanes.masks.shape[0], K, lanes.splits, lanes.depth, registry.address(bias),
-            registry.ACTIVATIONS[activation], y.data_ptr(), y.stride(0), registry.DTYPES[x.dtype], 0, stream,
+            lanes.row_order.data_ptr(), lanes.masks.shape[0], K, *lanes.plan, workspace.data_ptr(),
+            registry.address(bias), registry.ACTIVATIONS[activation], y.data_ptr(), y.stride(0),
+            registry.DTYPES[x.dtype], 0, stream,
         )  # fmt: skip
 
+    def workspace(self, M: int, lanes: LaneStream) -> Tensor:
+        """Of random bytes."""
+        size = self.module.bitmap_linear_workspace(M, lanes.masks.shape[0], lanes.blocks)
+        return torch.randint(256, (size,), dtype=torch.uint8).to(self.device)
+
     def linear(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, splits: int | None = None
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: str | None,
+        splits: int | None = None,
+        blocks: int = 1,
     ) -> Tensor:
         """The product of CPU tensors, into an output that held NaN."""
         x, bias = x.to(self.device), None if bias is None else bias.to(self.device)
-        lanes = to_lanes(fasticl.pack(weight, "bitmap").to(self.device), splits)
+        lanes = to_lanes(fasticl.pack(weight, "bitmap").to(self.device), splits, blocks)
         y = torch.full((len(x), len(weight)), float("nan"), dtype=x.dtype, device=self.device)
         self(x, lanes, y, bias, activation)
         return y.cpu()
@@ -105,16 +127,16 @@ def pruned(N: int, K: int, density: float, dtype: torch.dtype = torch.bfloat16) 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes(kernels: Kernels, shape: str, dtype: torch.dtype) -> None:
-    N, K, splits = SHAPES[shape]
+    N, K, splits, blocks = SHAPES[shape]
     weight, bias = pruned(N, K, 0.5, dtype), torch.randn(N).to(dtype)
     for M in (1, 5, 8):
-        kernels.assert_as_dense(torch.randn(M, K).to(dtype), weight, bias, splits=splits)
+        kernels.assert_as_dense(torch.randn(M, K).to(dtype), weight, bias, splits=splits, blocks=blocks)
 
 
 @pytest.mark.parametrize("M", TOKENS)
 def test_tokens(kernels: Kernels, M: int) -> None:
-    for dtype, K in zip(DTYPES, (128, 100), strict=True):
-        kernels.assert_as_dense(torch.randn(M, K).to(dtype), pruned(20, K, 0.4, dtype), splits=2)
+    for dtype, K, blocks in zip(DTYPES, (128, 100), (1, 2), strict=True):
+        kernels.assert_as_dense(torch.randn(M, K).to(dtype), pruned(20, K, 0.4, dtype), splits=2, blocks=blocks)
 
 
 @pytest.mark.parametrize("density", [0.0, 0.005, 0.1, 0.9, 1.0])
@@ -130,7 +152,7 @@ def test_both_depths(kernels: Kernels, depth: int) -> None:
     lanes = to_lanes(fasticl.pack(weight, "bitmap"), 1)
     assert lanes.depth == max(lane_stream.DEPTHS)
     y = torch.full((4, 16), float("nan"), dtype=x.dtype, device=kernels.device)
-    moved = LaneStream(*(getattr(lanes, name).to(kernels.device) for name in TENSORS), lanes.splits, depth)
+    moved = LaneStream(*(getattr(lanes, name).to(kernels.device) for name in TENSORS), *lanes.plan[:-1], depth)
     kernels(x.to(kernels.device), moved, y)
     assert_close_to_truth(y.cpu(), dense(x.double(), weight.double()), dense(x, weight))
 
@@ -189,30 +211,65 @@ def test_activations_over_their_whole_range(kernels: Kernels, activation: str | 
 def test_any_shape_and_mask(data: st.DataObject) -> None:
     kernels = Kernels(cuda_on_cpu.load(CSRC), "cpu")
     N, M, K = (data.draw(st.integers(0, most), name) for most, name in ((50, "N"), (20, "M"), (300, "K")))
-    splits, dtype = data.draw(st.integers(1, 8), "splits"), data.draw(st.sampled_from(DTYPES), "dtype")
+    blocks = data.draw(st.integers(1, 4), "blocks")
+    splits, dtype = blocks * data.draw(st.integers(1, 4), "warps"), data.draw(st.sampled_from(DTYPES), "dtype")
     kinds = st.sampled_from([0.0, 1.0, 0.5, 0.03])
     rows = torch.tensor(data.draw(st.lists(kinds, min_size=N, max_size=N), "rows")).view(N, 1)
     weight = torch.randn(N, K).to(dtype).masked_fill(torch.rand(N, K) >= rows, 0.0)
     bias = torch.randn(N).to(dtype) if data.draw(st.booleans(), "bias") else None
     activation = data.draw(st.sampled_from(ACTIVATIONS), "activation")
     kernels.set_seed(data.draw(st.integers(0, 1000), "order of threads"))
-    kernels.assert_as_dense(torch.randn(M, K).to(dtype), weight, bias, activation, splits=splits)
+    kernels.assert_as_dense(torch.randn(M, K).to(dtype), weight, bias, activation, splits=splits, blocks=blocks)
 
 
 # ---- what is read, written and repeated -----------------------------------------------------------------------------
 
 
-def test_no_order_of_threads_and_copies_changes_a_bit() -> None:
-    """The kernel waits for all that it reads, reads all before it is overwritten, and adds in one order."""
+@pytest.mark.parametrize(("chunks", "splits", "blocks"), [(25, 3, 1), (12, 4, 4), (6, 6, 3)])
+def test_no_order_of_blocks_threads_and_copies_changes_a_bit(chunks: int, splits: int, blocks: int) -> None:
+    """The kernel waits for all that it reads, reads all before it is overwritten, and adds in one order.
+
+    Blocks of one chunk a warp are over soon: some have left their sums before all threads of another have.
+    """
     kernels = Kernels(cuda_on_cpu.load(CSRC), "cpu")
-    weight, x = pruned(16, 64 * 25, 0.6), torch.randn(12, 64 * 25).bfloat16()
+    weight, x = pruned(16, 64 * chunks, 0.6), torch.randn(4, 64 * chunks).bfloat16()
     results = []
-    for seed in range(9):
+    for seed in range(150 // chunks):
         kernels.set_seed(seed)
-        results.append(kernels.linear(x, weight, None, "gelu", splits=3))
+        results.append(kernels.linear(x, weight, None, "gelu", splits=splits, blocks=blocks))
     assert not results[0].isnan().any()
     for result in results[1:]:
         assert torch.equal(result, results[0])
+
+
+@pytest.mark.parametrize("kind", ["random", "zeros", "ones", "nan"])
+def test_what_the_workspace_held_does_not_matter(kernels: Kernels, kind: str) -> None:
+    """And a launch leaves it as the next one, a replay of a CUDA graph, can take it."""
+    weight, x = pruned(40, 700, 0.5), torch.randn(70, 700).bfloat16().to(kernels.device)
+    lanes = to_lanes(fasticl.pack(weight, "bitmap").to(kernels.device), 10, 5)
+    workspace = kernels.workspace(70, lanes)
+    if kind != "random":
+        held = {"zeros": 0.0, "ones": torch.tensor(-1, dtype=torch.int32).view(torch.float32), "nan": float("nan")}
+        workspace.view(torch.float32).fill_(held[kind])
+    results = []
+    for seed in range(3):
+        kernels.set_seed(seed)
+        y = torch.full((70, 40), float("nan"), dtype=x.dtype, device=kernels.device)
+        kernels(x, lanes, y, workspace=workspace)
+        results.append(y)
+    x = x.cpu()
+    assert_close_to_truth(results[0].cpu(), dense(x.double(), weight.double()), dense(x, weight))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_one_block_a_strip_takes_no_workspace(kernels: Kernels) -> None:
+    for M, strips, blocks, expected in [
+        (8, 5, 1, 0),
+        (1, 5, 2, 5 * (8 + 2 * 8 * 16 * 4)),
+        (65, 3, 4, 6 * (8 + 4 * 64 * 16 * 4)),
+        (0, 5, 2, 0),
+    ]:
+        assert kernels.module.bitmap_linear_workspace(M, strips, blocks) == expected
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -228,14 +285,14 @@ def test_nothing_outside_is_read_or_written(shift: int, dtype: torch.dtype) -> N
         checks.append(check)
         return copy
 
-    lanes = to_lanes(fasticl.pack(weight, "bitmap"), 2)
+    lanes = to_lanes(fasticl.pack(weight, "bitmap"), 2 + 2 * shift, 1 + shift)
     lanes = replace(lanes, **{name: guard(getattr(lanes, name)) for name in TENSORS})
     guarded_bias = guard(bias, shift)
     for M in (1, 8, 17):
         nan = torch.full((M, K + gap), float("nan"), dtype=dtype)
         x, y = guard(nan, shift), guard(nan[:, : N + gap], shift)
         x[:, :K] = torch.randn(M, K)
-        kernels(x[:, :K], lanes, y[:, :N], guarded_bias, "relu")
+        kernels(x[:, :K], lanes, y[:, :N], guarded_bias, "relu", guard(kernels.workspace(M, lanes)))
         truth = dense(x[:, :K].double(), weight.double(), bias.double(), "relu")
         assert_close_to_truth(y[:, :N], truth, dense(x[:, :K], weight, bias, "relu"))
         assert y[:, N:].isnan().all(), "a write between the rows of y"
@@ -279,7 +336,6 @@ def test_the_op_takes_any_x(op: Callable[..., Tensor]) -> None:
     """Batch dimensions, strides, no tokens, a strided bias."""
     weight, bias = pruned(20, 70, 0.5), torch.randn(20, 2).bfloat16()[:, 0]
     packed = fasticl.pack(weight, "bitmap")
-    lanes = to_lanes(packed)
     layouts = {
         "one": torch.randn(70),
         "batches": torch.randn(2, 3, 70),
@@ -288,7 +344,7 @@ def test_the_op_takes_any_x(op: Callable[..., Tensor]) -> None:
         "every second row": torch.randn(6, 70)[::2],
         "no tokens": torch.randn(0, 70),
     }
-    for name, x in layouts.items():
+    for (name, x), lanes in itertools.product(layouts.items(), (to_lanes(packed), to_lanes(packed, 4, 2))):
         x = x.bfloat16()
         y = op(x, packed.values, packed.bitmask, packed.row_offsets, bias, "silu", lanes.tensors, lanes.plan)
         assert y.is_contiguous(), name
@@ -348,12 +404,12 @@ def test_the_schema_takes_the_layout() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu_the_module_runs_the_kernel() -> None:
-    """A layer moved there, cast there and captured in a CUDA graph."""
+    """A layer moved there, cast there and captured in a CUDA graph, which is replayed; blocks share its strips."""
     from fasticl.nn import SparseLinear
 
-    weight, x = pruned(48, 200, 0.5, torch.float16), torch.randn(5, 200)
+    weight, x = pruned(48, 8192, 0.5, torch.float16), torch.randn(5, 8192)
     layer = SparseLinear(fasticl.pack(weight, "bitmap")).cuda().bfloat16()
-    assert layer.packed.validate().lanes is not None
+    assert layer.packed.validate().lanes.blocks > 1
     static = x.bfloat16().cuda()
     expected = layer(static).clone()
     rounded = weight.bfloat16()
@@ -361,9 +417,10 @@ def test_on_a_gpu_the_module_runs_the_kernel() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = layer(static)
-    captured.zero_()
-    graph.replay()
-    assert torch.equal(captured, expected)
+    for _ in range(3):
+        captured.zero_()
+        graph.replay()
+        assert torch.equal(captured, expected)
 
 
 def test_the_layout_has_the_kernels_numbers() -> None:

@@ -78,6 +78,11 @@ def test_machine_code(compiled: tuple[Path, str]) -> None:
         local = [text for _, text in instructions if re.search(r"\b(LDL|STL)\b", text)]
         assert not local, f"{name}: local memory: {local[:3]}"
         assert sum("LDGSTS" in text for _, text in instructions) >= 3, name
+        # Blocks that share a strip: barrier, fence, count, fence, barrier.
+        meeting = [text for _, text in instructions if re.search(r"\b(BAR\.(SYNC|RED)|MEMBAR|ATOMG?)\.", text)]
+        kinds = "".join(re.search(r"\b(BAR|MEM|ATOM)", text)[0][0] for text in meeting)
+        assert re.search("BMA+MB", kinds), f"{name}: {meeting}"
+        assert all("GPU" in text for text in meeting if "MEMBAR" in text), f"{name}: {meeting}"
         if tiles == 1:
             # From the fetch (the commit of its copies, within the loop) to the loop's end: 32 positions a lane.
             begin = max(at for at, text in instructions if "LDGDEPBAR" in text and at < products[0])
@@ -123,7 +128,7 @@ def test_the_module_needs_no_driver() -> None:
     assert cuda.lane_stream["RING"] > 0
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match=r"bitmap_linear: .*needs an NVIDIA GPU and a driver for CUDA \d+\.\d"):
-            cuda.bitmap_linear(0, 1, 64, 0, 0, 0, 0, 1, 64, 1, 4, 0, 0, 0, 64, 1, 0, 0)
+            cuda.bitmap_linear(0, 1, 64, 0, 0, 0, 0, 1, 64, 1, 1, 4, 0, 0, 0, 0, 64, 1, 0, 0)
         with pytest.raises(RuntimeError, match=r"nm_linear: .*needs an NVIDIA GPU and a driver for CUDA \d+\.\d"):
             cuda.nm_linear(0, 1, 64, 0, 1, 64, 0, 0, 0, 64, 1, 0, 0)
 

@@ -20,14 +20,43 @@ using namespace fasticl;
 
 static char message[1000];
 template <class... P, class... A>
-const char* run(unsigned seed, int shared_bytes, void (*kernel)(P...), A... arguments) {
+const char* run_blocks(unsigned seed, int blocks, int shared_bytes, void (*kernel)(P...), A... arguments) {
   cuda_on_cpu::seed = seed;
   try {
-    launch("kernel", kernel, 1, 64, shared_bytes, 0, 0, arguments...);
+    launch("kernel", kernel, blocks, 64, shared_bytes, 0, 0, arguments...);
   } catch (const std::exception& error) {
     return std::strncpy(message, error.what(), sizeof message - 1);
   }
   return nullptr;
+}
+
+template <class... P, class... A>
+const char* run(unsigned seed, int shared_bytes, void (*kernel)(P...), A... arguments) {
+  return run_blocks(seed, 1, shared_bytes, kernel, arguments...);
+}
+
+// Each thread leaves a number, and the last block to come reads what the threads of all blocks left.
+void gathered(int* left, unsigned long long* count, int* out, bool barrier) {
+  left[blockIdx.x * 64 + threadIdx.x] = threadIdx.x;
+  if (barrier) __syncthreads();
+  bool is_last = false;
+  if (threadIdx.x == 0) {
+    unsigned long long seen = 0, found;
+    while ((found = atomicCAS(count, seen, seen + 1)) != seen) seen = found;
+    is_last = seen == 4;
+    out[64 + blockIdx.x] = static_cast<int>(seen);
+  }
+  if (!__syncthreads_or(is_last)) return;
+  bool all = true;
+  for (int block = 0; block < 5; ++block) all &= left[block * 64 + threadIdx.x] == static_cast<int>(threadIdx.x);
+  out[threadIdx.x] = all ? static_cast<int>((threadIdx.x + 1) % 64) : -1;
+}
+
+// Counts without an atomic instruction: reads and writes, between which others go on.
+void torn(unsigned long long* count) {
+  if (threadIdx.x) return;
+  const unsigned long long seen = atomicCAS(count, 0, 0);
+  *count = seen + 1;
 }
 
 // Each thread reads what its neighbour wrote.
@@ -107,6 +136,10 @@ API const char* run_copied(unsigned s, const int* in, int* out, bool w) { return
 API const char* run_overwritten(unsigned s, const int* in, int* out, bool b) {
   return run(s, 256, overwritten, in, out, b);
 }
+API const char* run_gathered(unsigned s, int* left, unsigned long long* count, int* out, bool b) {
+  return run_blocks(s, 5, 0, gathered, left, count, out, b);
+}
+API const char* run_torn(unsigned s, unsigned long long* count) { return run_blocks(s, 5, 0, torn, count); }
 API const char* run_left_alone() { return run(0, 0, left_alone); }
 API const char* run_apart() { return run(0, 0, apart); }
 API const char* run_misaligned(const int* in) { return run(0, 256, misaligned, in); }
@@ -139,7 +172,18 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     command += [*(cuda_on_cpu.SANITIZERS if sanitized else ()), "kernels.cpp", "-o", "kernels.so"]
     subprocess.run(command, cwd=folder, check=True)
     library = ctypes.CDLL(str(Path(folder, "kernels.so")))
-    runs = ("neighbours", "copied", "overwritten", "left_alone", "apart", "misaligned", "product", "sparse_product")
+    runs = (
+        "neighbours",
+        "copied",
+        "overwritten",
+        "gathered",
+        "torn",
+        "left_alone",
+        "apart",
+        "misaligned",
+        "product",
+        "sparse_product",
+    )
     for name in (*runs, "matrices"):
         getattr(library, f"run_{name}").restype = ctypes.c_char_p
     for name in ("permute", "wrap", "clamp"):
@@ -172,6 +216,30 @@ def test_a_missing_barrier_or_wait_shows(kernels: ctypes.CDLL, name: str, right:
         assert getattr(kernels, f"run_{name}")(seed, *arguments) is None
         correct.append(np.array_equal(out, expected))
     assert all(correct) == right
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_what_blocks_owe_each_other_shows(kernels: ctypes.CDLL, right: bool) -> None:
+    """A block that is counted before all its threads have written; blocks come in various orders."""
+    correct, orders = [], set()
+    for seed in SEEDS:
+        left, count, out = np.full(5 * 64, -7, np.int32), np.zeros(1, np.uint64), np.full(64 + 5, -7, np.int32)
+        assert kernels.run_gathered(seed, pointer(left), pointer(count), pointer(out), ctypes.c_bool(right)) is None
+        assert count[0] == 5
+        correct.append(np.array_equal(out[:64], np.roll(np.arange(64), -1)))
+        orders.add(tuple(out[64:]))
+    assert all(correct) == right
+    assert len(orders) > len(SEEDS) // 2
+    assert all(sorted(order) == [0, 1, 2, 3, 4] for order in orders)
+
+
+def test_a_count_that_is_not_atomic_is_lost(kernels: ctypes.CDLL) -> None:
+    counts = []
+    for seed in SEEDS:
+        count = np.zeros(1, np.uint64)
+        assert kernels.run_torn(seed, pointer(count)) is None
+        counts.append(int(count[0]))
+    assert min(counts) < 5
 
 
 def test_threads_that_never_meet_are_named(kernels: ctypes.CDLL) -> None:

@@ -18,8 +18,8 @@ from fasticl.lane_stream import LaneStream, from_lanes, to_lanes
 DTYPES = lane_stream.DTYPES
 
 
-def lanes_of(weight: Tensor, splits: int | None = None) -> LaneStream:
-    return to_lanes(fasticl.pack(weight, "bitmap"), splits)
+def lanes_of(weight: Tensor, splits: int | None = None, blocks: int = 1) -> LaneStream:
+    return to_lanes(fasticl.pack(weight, "bitmap"), splits, blocks)
 
 
 def decoded(lanes: LaneStream, K: int) -> dict[tuple[int, int], int]:
@@ -47,12 +47,13 @@ def decoded(lanes: LaneStream, K: int) -> dict[tuple[int, int], int]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("splits", [1, 2, 5, 8])
-def test_every_bit_comes_back(splits: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("splits", "blocks"), [(1, 1), (2, 2), (5, 1), (8, 1), (12, 3)])
+def test_every_bit_comes_back(splits: int, blocks: int, dtype: torch.dtype) -> None:
     for N, K, density in [(1, 1, 1.0), (33, 75, 0.5), (16, 64, 1.0), (7, 1500, 0.05), (40, 700, 0.0), (0, 9, 1.0)]:
         weight = random_bits(N, K, dtype).masked_fill(torch.rand(N, K) >= density, 0.0)
-        assert same_bits(from_lanes(lanes_of(weight, splits), N, K, dtype), weight)
-    assert same_bits(from_lanes(lanes_of(torch.zeros(5, 0, dtype=dtype), splits), 5, 0, dtype), weight.new_zeros(5, 0))
+        assert same_bits(from_lanes(lanes_of(weight, splits, blocks), N, K, dtype), weight)
+    empty = torch.zeros(5, 0, dtype=dtype)
+    assert same_bits(from_lanes(lanes_of(empty, splits, blocks), 5, 0, dtype), empty)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -136,12 +137,47 @@ def test_rows_are_reordered_where_that_saves_bytes() -> None:
     assert even.values.numel() * 2 < 1.12 * 256 * 2048 * 0.5
 
 
-def test_splits_follow_the_gpu() -> None:
+H200, A100, RTX4090 = (132, 232448), (108, 163 << 10), (128, 99 << 10)  # multiprocessors, shared bytes a block
+
+
+@pytest.mark.parametrize(
+    ("N", "K", "gpu", "expected", "why"),
+    [
+        (4096, 4096, H200, (6, 1), "two blocks of 6 warps fill a multiprocessor: nobody needs to meet"),
+        (2048, 4096, H200, (12, 2), "a block a multiprocessor would have 8 warps, two have 12"),
+        (1024, 4096, H200, (16, 2), "half of the multiprocessors would idle"),
+        (1024, 8192, H200, (24, 4), "and here there is enough for twice the blocks"),
+        (1024, 1024, H200, (4, 1), "shares as short as they may be: blocks would meet for nothing"),
+        (16, 14336, H200, (56, 7), "one strip: as many as can have it"),
+        (256, 256, H200, (1, 1), "a share must not be shorter"),
+        (1024, 4096, A100, (12, 3), "8 warps fill a multiprocessor"),
+        (1024, 4096, RTX4090, (10, 2), "5 warps do, which is also a block's most"),
+    ],
+)
+def test_the_split_follows_shapes_and_gpu(
+    N: int, K: int, gpu: tuple[int, int], expected: tuple[int, int], why: str
+) -> None:
+    assert lane_stream.choose_split(-(-N // 16), -(-K // 64), *gpu) == expected, why
+
+
+@pytest.mark.parametrize("gpu", [H200, A100, RTX4090, (1, 99 << 10)])
+def test_any_split_is_possible_and_long_enough(gpu: tuple[int, int]) -> None:
+    for strips in (0, 1, 3, 48, 132, 133, 1000, 10**6):
+        for chunks in (0, 1, 7, 8, 64, 500):
+            splits, blocks = lane_stream.choose_split(strips, chunks, *gpu)
+            assert 1 <= blocks <= lane_stream.MAX_BLOCKS
+            assert splits % blocks == 0
+            assert splits == 1 or chunks >= splits * lane_stream.MIN_SHARE
+            warps = splits // blocks
+            assert lane_stream.TABLE_BYTES + warps * lane_stream.WARP_BYTES <= gpu[1]
+            assert warps <= lane_stream.MAX_WARPS
+
+
+def test_a_packed_weight_is_split_so() -> None:
     packed = fasticl.pack(torch.ones(64, 4096, dtype=torch.bfloat16), "bitmap")
-    assert to_lanes(packed).splits == 8  # 4 strips: as many warps as a block may have
-    assert to_lanes(packed, multiprocessors=1).splits == 3  # 12 warps for the one multiprocessor
-    assert to_lanes(packed, shared_bytes=99 << 10).splits == 5  # of 18 KiB each
-    assert to_lanes(fasticl.pack(torch.ones(16, 640, dtype=torch.bfloat16), "bitmap")).splits == 1  # 10 chunks
+    lanes = to_lanes(packed, multiprocessors=H200[0], shared_bytes=H200[1])
+    assert lanes.plan[:2] == [*lane_stream.choose_split(4, 64, *H200)] == [16, 2]
+    assert to_lanes(packed, multiprocessors=1).plan[:2] == [3, 1]
 
 
 def test_errors_name_expected_and_got() -> None:
@@ -153,6 +189,12 @@ def test_errors_name_expected_and_got() -> None:
     for splits in (0, 9):
         with pytest.raises(ValueError, match=f"expected 1 to 8 splits, got {splits}"):
             to_lanes(fasticl.pack(weight.half(), "bitmap"), splits)
+    for splits in (2, 25, 27):
+        with pytest.raises(ValueError, match=f"expected 1 to 24 splits, divisible by the 3 blocks, got {splits}"):
+            to_lanes(fasticl.pack(weight.half(), "bitmap"), splits, 3)
+    for blocks in (0, 9):
+        with pytest.raises(ValueError, match=f"expected 1 to 8 blocks, got {blocks}"):
+            to_lanes(fasticl.pack(weight.half(), "bitmap"), 1, blocks)
 
 
 def test_validate_sees_a_layout_that_is_not_the_weights() -> None:

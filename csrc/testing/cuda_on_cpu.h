@@ -1,10 +1,12 @@
 // CUDA kernels on the CPU: the twins of device.h's instructions, and blocks whose threads are fibers. For tests of what
 // a kernel computes and where it reads and writes; not of speed, and not of the memory model beyond what is said here.
 //
-// Blocks run one after the other. A fiber runs until it waits at a barrier or a warp's instruction; which one runs next
-// is drawn from the seed, so that a missing barrier shows in some order. Asynchronous copies land as early or as late
-// as they may, drawn too: late ones miss if nobody waits for them, early ones overwrite what is still being read.
-// Shared memory has the launch's size exactly, for AddressSanitizer, and holds NaN when a block begins.
+// Blocks begin in an order drawn from the seed, and up to kResident of them run in turns. A fiber runs until it waits
+// at a barrier or a warp's instruction, or comes to an atomic one; which one runs next is drawn too, so that a missing
+// barrier shows in some order. What one thread has written the others see at once: a missing __threadfence shows in no
+// order. Asynchronous copies land as early or as late as they may, drawn too: late ones miss if nobody waits for them,
+// early ones overwrite what is still being read. Shared memory has the launch's size exactly, for AddressSanitizer, and
+// holds NaN when a block begins.
 #pragma once
 #include <ucontext.h>
 
@@ -15,6 +17,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -48,6 +51,7 @@ namespace cuda_on_cpu {
 
 constexpr int kWarp = 32;
 constexpr size_t kStackBytes = 256 << 10;
+constexpr size_t kResident = 3;       // blocks
 constexpr int kSharedLimit = 232448;  // bytes that a block of sm_90 may ask for
 enum class Copies { late, early, drawn };
 enum class State { ready, waiting, done };
@@ -63,6 +67,7 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   State state;
+  bool late;                 // goes on after a pause, when no thread of its block that is not late can
   std::vector<Copy> copies;  // that have not landed
   int group;                 // of copies that is being filled
   void* sanitizer;           // AddressSanitizer's fake stack
@@ -76,6 +81,7 @@ struct Meeting {
 };
 
 struct Block {
+  Index index;
   ucontext_t scheduler;
   void* sanitizer = nullptr;
   const void* scheduler_stack = nullptr;
@@ -89,6 +95,7 @@ struct Block {
   unsigned current = 0;
   std::mt19937 draw;
   Copies copies = Copies::drawn;
+  int pause = 0;  // turns until late threads go on
 };
 
 inline Block* block = nullptr;
@@ -171,24 +178,22 @@ inline void copy_async(void* to, const void* from, int bytes) {
   }
 }
 
-// One block. Throws where threads wait for others that never come.
-inline void run_block(int threads, int shared_bytes, std::function<void()> kernel) {
-  static std::vector<Fiber> fibers;  // their stacks are kept from block to block
-  Block b;
-  if (static_cast<int>(fibers.size()) < threads) fibers.resize(threads);
-  b.fibers.swap(fibers);
+inline void begin(Block& b, unsigned index, int threads, int shared_bytes, const std::function<void()>& kernel) {
+  b.index.x = index;
+  if (static_cast<int>(b.fibers.size()) < threads) b.fibers.resize(threads);
   b.warps.resize(threads / kWarp);
   for (Meeting& warp : b.warps) warp.arguments.resize(kWarp);
   b.all.arguments.resize(threads);
   b.shared.reset(static_cast<unsigned char*>(std::aligned_alloc(128, (shared_bytes + 127) / 128 * 128)));
   std::memset(b.shared.get(), 0xff, shared_bytes);
-  b.kernel = std::move(kernel);
-  b.draw.seed(seed * 7919 + blockIdx.x);
+  b.kernel = kernel;
+  b.draw.seed(seed * 7919 + index);
   b.copies = static_cast<Copies>(seed % 3);
-  block = &b;
+  const bool late = b.draw() % 2;
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = b.fibers[i];
     fiber.state = State::ready;
+    fiber.late = late && b.draw() % 2;
     fiber.copies.clear();
     fiber.group = 0;
     fiber.sanitizer = nullptr;
@@ -198,26 +203,72 @@ inline void run_block(int threads, int shared_bytes, std::function<void()> kerne
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, enter, 0);
   }
-  for (;;) {
-    std::vector<unsigned> ready;
-    int done = 0;
-    for (int i = 0; i < threads; ++i) {
-      if (b.fibers[i].state == State::ready) ready.push_back(i);
-      done += b.fibers[i].state == State::done;
-    }
-    if (done == threads || !b.error.empty()) break;
-    if (ready.empty()) {
-      b.error = "threads wait at a barrier that others of their warp or block never reach";
-      break;
-    }
-    std::shuffle(ready.begin(), ready.end(), b.draw);
-    for (const unsigned i : ready) {
-      if (b.error.empty()) resume(i);
-    }
+}
+
+[[noreturn]] inline void fail(const std::string& error) { throw std::runtime_error("CUDA on the CPU: " + error); }
+
+// Lets the threads of a block that can go on do so, late ones after the others. Returns whether all are done; throws
+// where they wait for others that never come.
+inline bool advance(Block& b, int threads) {
+  std::vector<unsigned> ready;
+  int done = 0;
+  for (int i = 0; i < threads; ++i) {
+    if (b.fibers[i].state == State::ready) ready.push_back(i);
+    done += b.fibers[i].state == State::done;
+  }
+  if (done == threads) return true;
+  if (ready.empty()) fail("threads wait at a barrier that others of their warp or block never reach");
+  const auto late = std::partition(ready.begin(), ready.end(), [&](unsigned i) { return !b.fibers[i].late; });
+  if (late != ready.begin()) {
+    ready.erase(late, ready.end());
+  } else if (b.pause == 0) {
+    b.pause = static_cast<int>(1 + b.draw() % 8);
+    return false;
+  } else {
+    b.pause = 0;
+  }
+  std::shuffle(ready.begin(), ready.end(), b.draw);
+  block = &b;
+  blockIdx = b.index;
+  for (const unsigned i : ready) {
+    if (b.error.empty()) resume(i);
   }
   block = nullptr;
-  fibers.swap(b.fibers);
-  if (!b.error.empty()) throw std::runtime_error("CUDA on the CPU: " + b.error);
+  if (!b.error.empty()) fail(b.error);
+  return false;
+}
+
+inline void run_grid(unsigned blocks, int threads, int shared_bytes, const std::function<void()>& kernel) {
+  static std::vector<std::vector<Fiber>> spare;  // stacks are kept from block to block
+  std::vector<unsigned> order(blocks);
+  std::iota(order.begin(), order.end(), 0u);
+  std::mt19937 draw(seed);
+  std::shuffle(order.begin(), order.end(), draw);
+  std::vector<std::unique_ptr<Block>> resident;
+  for (size_t next = 0; next < blocks || !resident.empty();) {
+    while (next < blocks && resident.size() < kResident) {
+      resident.push_back(std::make_unique<Block>());
+      if (!spare.empty()) {
+        resident.back()->fibers.swap(spare.back());
+        spare.pop_back();
+      }
+      begin(*resident.back(), order[next++], threads, shared_bytes, kernel);
+    }
+    const auto some = resident.begin() + draw() % resident.size();
+    Block& b = **some;
+    if (resident.size() == 1) b.pause = std::min(b.pause, 1);
+    if (b.pause > 1) {
+      --b.pause;
+      continue;
+    }
+    bool done = false;
+    for (int rounds = 1 << draw() % 6; !done && rounds && b.pause <= 1; --rounds) {
+      done = advance(b, threads);
+    }
+    if (!done) continue;
+    spare.emplace_back().swap((*some)->fibers);
+    resident.erase(some);
+  }
 }
 
 inline float value(uint32_t word, int high, bf16) {
@@ -303,8 +354,32 @@ inline void __syncthreads() {
   cuda_on_cpu::meet(cuda_on_cpu::block->all, 0, "__syncthreads", nullptr, [](const auto&) {});
 }
 
+inline int __syncthreads_or(int predicate) {
+  int any = predicate;
+  cuda_on_cpu::meet(cuda_on_cpu::block->all, 0, "__syncthreads_or", &any, [](const auto& threads) {
+    int result = 0;
+    for (void* thread : threads) result |= *static_cast<int*>(thread) != 0;
+    for (void* thread : threads) *static_cast<int*>(thread) = result;
+  });
+  return any;
+}
+
 inline void __syncwarp() {
   cuda_on_cpu::meet_warp("__syncwarp", nullptr, [](const auto&) {});
+}
+
+inline void __threadfence() {}
+
+// Returns what *word was; it is `desired` then if that was `expected`. Others may go on before it and after it.
+inline unsigned long long atomicCAS(unsigned long long* word, unsigned long long expected, unsigned long long desired) {
+  const auto others = [] {
+    if (cuda_on_cpu::block->draw() % 2) cuda_on_cpu::yield();
+  };
+  others();
+  const unsigned long long before = *word;
+  if (before == expected) *word = desired;
+  others();
+  return before;
 }
 
 inline int __popc(uint32_t v) { return __builtin_popcount(v); }
@@ -402,9 +477,7 @@ void launch(const char* what, void (*kernel)(Parameters...), int64_t blocks, int
     throw std::runtime_error(std::string(what) + ": invalid configuration argument");
   }
   blockDim.x = threads;
-  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
-    cuda_on_cpu::run_block(threads, shared_bytes, [&] { kernel(arguments...); });
-  }
+  cuda_on_cpu::run_grid(static_cast<unsigned>(blocks), threads, shared_bytes, [&] { kernel(arguments...); });
 }
 
 }  // namespace fasticl

@@ -32,7 +32,8 @@ def bitmap_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, a
         ``[..., N]`` in ``x.dtype``; products accumulate in float32, the result is rounded once.
 
     Int8 values are multiplied as integers times float32, and each sum by its row's scale: nothing else is rounded. On
-    CUDA they run the reference.
+    CUDA they run the reference. Where the CUDA C++ kernel runs, several multiprocessors may share an output's K; their
+    sums are added in one order, so that equal calls give equal bits.
 
     Where a weight is not stored, a few tokens (at most 8, 4 without AVX-512, and fewer the sparser the weight) are
     multiplied by zero, more are not: an infinite or NaN x there gives NaN, as in the dense product, or nothing. On CUDA
@@ -100,17 +101,20 @@ def cuda(
         raise TypeError(f"bitmap_linear: x: expected dtype bfloat16 or float16 with lane streams, got {x.dtype}")
     N, K = bitmask.shape[0], x.shape[-1]
     lane_values, masks, starts, row_order = lanes
-    splits, depth = plan
+    splits, blocks, depth = plan
     strips = -(-N // lane_stream.STRIP)
     registry.check_shape("bitmap_linear: masks", masks, (strips, -(-K // lane_stream.CHUNK), lane_stream.LANES))
     registry.check_shape("bitmap_linear: row_order", row_order, (strips * lane_stream.STRIP,))
     bias = registry.contiguous(bias)
     y = x.new_empty((*x.shape[:-1], N))
+    workspace = None  # from torch's allocator, whose memory no other stream has and a CUDA graph keeps
+    if blocks > 1:
+        workspace = x.new_empty(_C_cuda.bitmap_linear_workspace(M, strips, blocks), dtype=torch.uint8)
     device, current_stream = registry.cuda_stream(x)
     _C_cuda.bitmap_linear(
         x2.data_ptr(), M, stride, lane_values.data_ptr(), masks.data_ptr(), starts.data_ptr(), row_order.data_ptr(),
-        strips, K, splits, depth, registry.address(bias), registry.ACTIVATIONS[activation], y.data_ptr(), N,
-        registry.DTYPES[x.dtype], device, current_stream,
+        strips, K, splits, blocks, depth, registry.address(workspace), registry.address(bias),
+        registry.ACTIVATIONS[activation], y.data_ptr(), N, registry.DTYPES[x.dtype], device, current_stream,
     )  # fmt: skip
     return y
 
