@@ -299,7 +299,9 @@ def launch(context: Tensor, query: Tensor, A: Tensor, W: Tensor, a: Tensor, leng
     one_launch = not by_tile and splits == 1 and d <= TILE // 16 and (d + m <= L or reread <= REREAD_BYTES)
 
     precision = dot_precision(context.dtype)
-    block_n = block(N, 16, 64)
+    # Loads of single elements, whose addresses take registers: with larger blocks than these some spill.
+    narrow = any(size % 16 for size in (d, query.stride(0), A.stride(0), W.stride(0)))
+    block_n = block(N, 16, 32 if narrow else 64)
     key = mixed = state = None
     if not one_launch:
         scratch = context.new_empty(N * (d + splits * (d + 2)), dtype=torch.float32)
@@ -325,10 +327,11 @@ def launch(context: Tensor, query: Tensor, A: Tensor, W: Tensor, a: Tensor, leng
             STAGES=found.get("STAGES", 3), UNIT=unit, num_warps=warps, **OPTIONS,
         )  # fmt: skip
     if not one_launch:
-        rows = 16 if W.dtype == torch.float32 else min(block_n, 32)  # of more rows, float32 sums spill on sm_80
+        rows = 16 if W.dtype == torch.float32 or narrow else min(block_n, 32)  # of more, float32 sums spill on sm_80
         readout_kernel[(triton.cdiv(N, rows),)](
             mixed, state, W, a, out, N, d, m, splits, W.stride(0),
-            PRECISION=precision, BLOCK_N=rows, BLOCK_M=step, STEP=step, num_warps=4, **OPTIONS,
+            PRECISION=precision, BLOCK_N=rows, BLOCK_M=step, STEP=16 if narrow and step == 32 else step, num_warps=4,
+            **OPTIONS,
         )  # fmt: skip
     return out
 
