@@ -46,8 +46,8 @@ class Binary:
     sass: str
 
     def count(self, opcode: str) -> int:
-        """How often an instruction stands in the code, modifiers ignored: HMMA, HGMMA, LDGSTS, PRMT, v_bcnt_u32_b32."""
-        return len(re.findall(rf"\b{opcode}(?:_e32|_e64)?\b", self.sass))
+        """How often an instruction stands in the code, modifiers ignored: HMMA, HGMMA, LDGSTS, PRMT, ..."""
+        return len(re.findall(rf"\b{opcode}\b", self.sass))
 
     def check(self) -> None:
         """
