@@ -121,7 +121,7 @@ if __name__ == "__main__":
         setup(
             packages=[*find_packages(include=["fasticl", "fasticl.*"]), "fasticl.kernels"],
             package_dir={"fasticl.kernels": "kernels"},
-            package_data={"fasticl": ["py.typed", "data/*.tsv"]},
+            package_data={"fasticl": ["py.typed", "data/*.tsv", "data/*.json"]},
             ext_modules=extensions,
             cmdclass={"build_ext": BuildExtension},
         )

@@ -59,7 +59,7 @@ def attention_case(
         random = generator(B + L)
 
         def gaussian(*size: int) -> Tensor:
-            return torch.randn(size, generator=random).to(device(), DTYPES[dtype])
+            return torch.randn(size, generator=random, device=device()).to(DTYPES[dtype])
 
         tensors = [gaussian(B, L, d), gaussian(*((B, Q, d) if Q else (B, d))), gaussian(d, d) / d,
                    gaussian(m, d) / d**0.5, gaussian(m) / m]  # fmt: skip
@@ -87,7 +87,17 @@ def attention_case(
                 warnings.warn(f"torch.compile is not measured: {error}", stacklevel=2)
         return found
 
-    return Case("attention_mlp", dtype, f"L{L}-d{d}-m{m}" + (f"-Q{Q}" if Q else ""), B, build, "hot", tier)
+    return Case(
+        "attention_mlp",
+        dtype,
+        f"L{L}-d{d}-m{m}" + (f"-Q{Q}" if Q else ""),
+        B,
+        build,
+        "hot",
+        tier,
+        3,
+        15.0 if compiled else 0.0,
+    )
 
 
 def cases(quick: bool) -> list[Case]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from bench_bandwidth import read_only
-from common import Case, Contender, Truth
-from linear import bytes_of, linear_case, pruned, rotated
+from common import Case, Contender
+from linear import linear_case, torch_sparse
 from torch import Tensor
 
 import fasticl
@@ -59,33 +58,9 @@ def cases(quick: bool) -> list[Case]:
 
 def alternatives(x: Tensor) -> list[Contender]:
     """What else a pruned 3072×768 layer can run on: torch's CSR, and a smaller dense layer with as many weights."""
-    found = []
-    for sparsity in (0.5, 0.8, 0.9):
-        weight = pruned(3072, 768, sparsity, "unstructured", "float32")
-        csr = weight.to_sparse_csr()
-        stored = bytes_of(csr.values(), csr.col_indices(), csr.crow_indices())
-        output = 3072 * x.shape[0] * x.element_size()
-        found.append(
-            Contender(
-                "torch_csr",
-                [lambda csr=csr: (csr @ x.T).T],
-                Truth.of(torch.nn.functional.linear, x, weight),
-                stored + bytes_of(x) + output,
-                2 * csr.values().numel() * x.shape[0],
-                sparsity,
-                "unstructured",
-            )
-        )
-        smaller = pruned(3072, 768, sparsity, "neuron", "float32")
-        found.append(
-            Contender(
-                "torch_smaller",
-                rotated(lambda w: torch.nn.functional.linear(x, w), smaller, bytes_of(smaller), "hot"),
-                Truth.of(torch.nn.functional.linear, x, smaller),
-                bytes_of(smaller, x) + smaller.shape[0] * x.shape[0] * x.element_size(),
-                2 * smaller.numel() * x.shape[0],
-                sparsity,
-                "neuron",
-            )
-        )
-    return found
+    return [
+        contender
+        for sparsity in (0.5, 0.8, 0.9)
+        for impl, pattern in (("torch_csr", "unstructured"), ("torch_smaller", "neuron"))
+        for contender in torch_sparse(impl, 3072, 768, sparsity, pattern, x, "float32", "hot")
+    ]

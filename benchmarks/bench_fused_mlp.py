@@ -92,7 +92,7 @@ def mlp_case(
         return found
 
     shape = f"{H}x{K}-{'gated-' if gated else ''}{activation}"
-    return Case("fused_mlp", dtype, shape, batch, build, "hot", tier)
+    return Case("fused_mlp", dtype, shape, batch, build, "hot", tier, 1 + 3 * len(sparsities))
 
 
 def cases(quick: bool) -> list[Case]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import json
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from math import ceil
 from pathlib import Path
@@ -14,6 +17,7 @@ import gpu_clock
 import torch
 from environment import Environment, last_level_cache_bytes
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from fasticl.timing import interleaved
 
@@ -31,6 +35,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SETTLED_SECONDS = 0.012
 # Long enough to be about calls in a row, as in a decoding loop, not about the first ones after a pause.
 SAMPLE_MS = 15.0
+Mark = Callable[[str], AbstractContextManager[object]]
 _device = "cpu"
 
 
@@ -40,13 +45,27 @@ def use(device: str) -> None:
     _device = device
 
 
+def nvtx_ranges() -> Mark:
+    """Opens a range in the profiles of NVIDIA's tools; does nothing where the package nvtx is absent."""
+    try:
+        import nvtx
+    except ImportError:
+        return nullcontext
+    return nvtx.annotate
+
+
 def device() -> str:
     return _device
 
 
 def generator(salt: int) -> torch.Generator:
     """Random numbers that depend on ``torch.manual_seed`` and ``salt`` alone, not on which cases ran before."""
-    return torch.Generator().manual_seed(torch.initial_seed() % (1 << 62) + salt)
+    return torch.Generator(device()).manual_seed(torch.initial_seed() % (1 << 62) + salt)
+
+
+def normal(*size: int, salt: int) -> Tensor:
+    """Gaussian, float32, on the device."""
+    return torch.randn(size, generator=generator(salt), device=device())
 
 
 class WrongResult(RuntimeError):
@@ -113,6 +132,7 @@ class Contender:
         pattern: of its zeros; "dense" has none, "none" multiplies no weights and gets no speed-up.
         dense: whether it may be the *best dense* that speed-ups are relative to.
         own_pool: whether it runs on a thread pool other than torch's.
+        optional: a baseline that this torch or device may refuse, at any point; then a line says so.
     """
 
     impl: str
@@ -124,10 +144,25 @@ class Contender:
     pattern: str = "dense"
     dense: bool = False
     own_pool: bool = False
+    optional: bool = False
 
     @property
     def name(self) -> str:
         return f"{self.impl} {self.pattern} {self.sparsity:g}"
+
+
+def optional(impl: str, make: Callable[[], Contender]) -> list[Contender]:
+    """The baseline that ``make`` makes; none, and a line, where this torch or device refuses to."""
+    try:
+        return [replace(make(), optional=True)]
+    except Exception as error:
+        _say_refused(impl, error)
+        return []
+
+
+def _say_refused(name: str, error: Exception) -> None:
+    reason = next(iter(str(error).strip().splitlines()), "")
+    print(f"    {name} is not measured: {type(error).__name__}: {reason[:160]}", flush=True)
 
 
 @dataclass(frozen=True)
@@ -141,6 +176,8 @@ class Case:
     build: Callable[[], list[Contender]]
     cache: str = "hot"  # "cold": the weights come from memory; "hot": from where one copy of each fits
     tier: str = "sweep"  # "headline": run by --quick and first
+    contenders: int = 1  # about; for an estimate of how long the case takes
+    extra_seconds: float = 0.0  # the same: of compilers, and of building what is large
 
     def __str__(self) -> str:
         return f"{self.op} {self.shape} batch {self.batch} {self.dtype} {self.cache}"
@@ -160,19 +197,48 @@ def copies_of(weight_bytes: int, cache: str) -> int:
     return min(128, max(2, ceil(1.25 * last_level_cache_bytes(device()) / weight_bytes)))
 
 
+def checked(case: Case) -> dict[str, tuple[Contender, float]]:
+    """The contenders by name, each with the largest relative error of its copies.
+
+    Raises:
+        WrongResult: if a contender is wrong that is not optional.
+    """
+    found = {}
+    for contender in case.build():
+        name = f"{case}, {contender.name}"
+        try:
+            error = max(contender.truth.check(call(), name) for call in contender.calls)
+        except Exception as refusal:
+            if not contender.optional:
+                raise
+            _say_refused(contender.name, refusal)
+        else:
+            found[contender.name] = contender, error
+    return found
+
+
 def measure(
-    case: Case, environment: Environment, *, seconds: float = 1.0, min_samples: int = 15
+    case: Case, environment: Environment, *, seconds: float = 1.0, min_samples: int = 15, mark: Mark | None = None
 ) -> list[dict[str, str]]:
     """Checks every copy of every contender, then times them against each other.
+
+    ``mark`` opens a range around the case, and one around every call, or every replay, of each contender.
 
     Returns:
         one row of ``COLUMNS`` per contender.
 
     Raises:
-        WrongResult: if any contender is wrong; then nothing was timed.
+        WrongResult: if any contender is wrong that is not optional; then nothing was timed.
     """
-    contenders = case.build()
-    errors = {c.name: max(c.truth.check(call(), f"{case}, {c.name}") for call in c.calls) for c in contenders}
+    with (mark or nullcontext)(str(case)):
+        return _measure(case, environment, seconds, min_samples, mark)
+
+
+def _measure(
+    case: Case, environment: Environment, seconds: float, min_samples: int, mark: Mark | None
+) -> list[dict[str, str]]:
+    found = checked(case)
+    contenders, errors = [c for c, _ in found.values()], {name: error for name, (_, error) in found.items()}
 
     turns: dict[str, Sequence[Callable[[], object]]] = {}
     for contender in contenders:
@@ -180,10 +246,18 @@ def measure(
         if settle:
             turns[f"before {contender.name}"] = [_settle]
         turns[contender.name] = contender.calls
+        if mark is not None and environment.device == "cpu":
+            turns[contender.name] = [_marked(mark, contender.name, call) for call in contender.calls]
         if settle:
             turns[f"after {contender.name}"] = [_settle]
     if environment.device == "cuda":
-        timings = gpu_clock.interleaved(turns, seconds=seconds, min_samples=min_samples)
+        refusing = {c.name for c in contenders if c.optional}
+        timings, refused = gpu_clock.interleaved(
+            turns, seconds=seconds, min_samples=min_samples, optional=refusing, mark=mark or nullcontext
+        )
+        for name, refusal in refused.items():
+            _say_refused(name, refusal)
+        contenders = [contender for contender in contenders if contender.name in timings]
     else:
         timings = interleaved(turns, seconds=seconds, sample_ms=SAMPLE_MS, min_samples=min_samples)
 
@@ -218,6 +292,36 @@ def measure(
             }
         )
     return rows
+
+
+def _marked(mark: Mark, name: str, call: Callable[[], object]) -> Callable[[], object]:
+    def run() -> object:
+        with mark(name):
+            return call()
+
+    return run
+
+
+def trace(cases: Sequence[Case], path: Path) -> None:
+    """Writes to ``path`` a chrome trace of one call of each contender, after the calls that check it; times nothing."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    merged: dict[str, object] = {}
+    events: list[object] = []
+    for case in cases:
+        contenders = checked(case)
+        with profile(activities=activities) as profiler, record_function(str(case)):
+            for name, (contender, _) in contenders.items():
+                with record_function(name):
+                    contender.calls[0]()
+                    if device() == "cuda":
+                        torch.cuda.synchronize()
+        with tempfile.TemporaryDirectory() as folder:
+            part = Path(folder) / "trace.json"
+            profiler.export_chrome_trace(str(part))
+            merged = json.loads(part.read_text())
+        events += merged["traceEvents"]  # type: ignore[arg-type]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**merged, "traceEvents": events}))
 
 
 def _settle() -> None:

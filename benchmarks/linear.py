@@ -11,7 +11,7 @@ from math import prod
 
 import torch
 import torch.nn.functional as F
-from common import DTYPES, Case, Contender, Truth, copies_of, device, generator
+from common import DTYPES, Case, Contender, Truth, copies_of, device, normal, optional
 from torch import Tensor
 
 import fasticl
@@ -19,22 +19,28 @@ from fasticl import _C
 
 PackedLinear = Callable[[Tensor, fasticl.PackedWeight], Tensor]
 ONNXRUNTIME_FROM_BATCH = 16
+BLOCK = 32  # a side of torch_bsr's
 
 
 @lru_cache(maxsize=64)
 def pruned(N: int, K: int, sparsity: float, pattern: str, dtype: str) -> Tensor:
     """Gaussian ``[N, K]`` of variance 1/K without its smallest magnitudes.
 
-    ``pattern`` is "unstructured" (of the whole matrix), "n:m" (of every m in a row, n stay), "neuron" (of the rows, by
-    norm; they are removed, not zeroed) or "dense".
+    ``pattern`` is "unstructured" (of the whole matrix), "n:m" (of every m in a row, n stay), "block" (of squares, by
+    norm), "neuron" (of the rows, by norm; they are removed, not zeroed) or "dense".
     """
-    weight = torch.randn(N, K, generator=generator(N + K)) / K**0.5
+    weight = normal(N, K, salt=N + K) / K**0.5
     if pattern == "unstructured":
         zeros = round(sparsity * weight.numel())
         if zeros:
             weight[weight.abs() <= weight.abs().flatten().kthvalue(zeros).values] = 0
     elif pattern == "neuron":
         weight = weight[weight.norm(dim=1).topk(N - round(sparsity * N)).indices.sort().values]
+    elif pattern == "block":
+        norms = weight.view(N // BLOCK, BLOCK, K // BLOCK, BLOCK).norm(dim=(1, 3))
+        kept = torch.zeros_like(norms).flatten()
+        kept[norms.flatten().topk(norms.numel() - round(sparsity * norms.numel())).indices] = 1
+        weight *= kept.view_as(norms).repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
     elif pattern != "dense":
         n, m = map(int, pattern.split(":"))
         groups = weight.view(-1, m)
@@ -44,7 +50,13 @@ def pruned(N: int, K: int, sparsity: float, pattern: str, dtype: str) -> Tensor:
 
 
 def inputs(batch: int, K: int, dtype: str) -> Tensor:
-    return torch.randn(batch, K, generator=generator(batch)).to(device(), DTYPES[dtype])
+    return normal(batch, K, salt=batch).to(DTYPES[dtype])
+
+
+@lru_cache(maxsize=8)
+def packed(N: int, K: int, sparsity: float, pattern: str, dtype: str, format: str) -> fasticl.PackedWeight:
+    """What :func:`pruned` returns; kept, because cases of a shape differ in their batch."""
+    return fasticl.pack(pruned(N, K, sparsity, pattern, dtype), format, pattern=pattern if ":" in pattern else None)
 
 
 def bytes_of(*tensors: Tensor) -> int:
@@ -113,6 +125,56 @@ def onnxruntime_matmul(weight: Tensor) -> Callable | None:
     return lambda x: session.run(None, {"x": x})[0]
 
 
+def torch_sparse(
+    impl: str, N: int, K: int, sparsity: float, pattern: str, x: Tensor, dtype: str, cache: str
+) -> list[Contender]:
+    """A pruned weight in torch's own ``impl``: "torch_csr", "torch_bsr", "torch_2_4" or "torch_smaller" (dense)."""
+    weight = pruned(N, K, sparsity, pattern, dtype)
+
+    def made() -> Tensor:
+        if impl == "torch_csr":
+            return weight.to_sparse_csr()
+        if impl == "torch_bsr":
+            return weight.to_sparse_bsr((BLOCK, BLOCK))
+        if impl == "torch_2_4":
+            return torch.sparse.to_sparse_semi_structured(weight)
+        return weight.clone()
+
+    def call(w: Tensor) -> Tensor:
+        return (w @ x.T).T if impl in ("torch_csr", "torch_bsr") else F.linear(x, w)
+
+    def contender() -> Contender:
+        stored = int(torch.count_nonzero(weight))
+        size = {
+            "torch_csr": stored * (x.element_size() + 8) + 8 * (weight.shape[0] + 1),
+            "torch_bsr": stored * x.element_size(),
+            "torch_2_4": stored * x.element_size() + weight.numel() // 8,  # two bits for each value that stays
+            "torch_smaller": bytes_of(weight),
+        }[impl]
+        truth = Truth.of(F.linear, x, weight)
+        return Contender(
+            impl, [partial(call, made()) for _ in range(copies_of(size, cache))],
+            truth if impl == "torch_smaller" else truth.loose(), size + bytes_of(x) + weight.shape[0] * len(x) *
+            x.element_size(), 2 * stored * len(x), sparsity, pattern,
+        )  # fmt: skip
+
+    return optional(impl, contender)
+
+
+def torch_compiled(N: int, K: int, x: Tensor, dtype: str, cache: str) -> list[Contender]:
+    """Dense, by the fastest kernel that torch.compile finds for this shape."""
+    weight = pruned(N, K, 0.0, "dense", dtype)
+
+    def contender() -> Contender:
+        torch.compiler.reset()
+        call = torch.compile(F.linear, dynamic=False, mode="max-autotune-no-cudagraphs")
+        size, flops = bytes_of(x, weight) + len(x) * N * x.element_size(), 2 * weight.numel() * len(x)
+        calls = rotated(partial(call, x), weight, bytes_of(weight), cache)
+        return Contender("torch_compile", calls, Truth.of(F.linear, x, weight).loose(), size, flops, dense=True)
+
+    return optional("torch_compile", contender)
+
+
 def linear_case(
     op: str,
     function: PackedLinear,
@@ -126,6 +188,7 @@ def linear_case(
     tier: str = "sweep",
     others: Callable[[Tensor], list[Contender]] | None = None,
     targets: bool = False,
+    extra_seconds: float = 0.0,
 ) -> Case:
     """Dense ``[N, K]`` against ``function(x, packed)`` at each (sparsity, pattern) of ``kept``.
 
@@ -134,16 +197,15 @@ def linear_case(
 
     def build() -> list[Contender]:
         x = inputs(batch, K, dtype)
-        contenders = dense_contenders(x, pruned(N, K, 0.0, "dense", dtype).to(device()), cache)
+        contenders = dense_contenders(x, pruned(N, K, 0.0, "dense", dtype), cache)
         for sparsity, pattern in kept:
             weight = pruned(N, K, sparsity, pattern, dtype)
-            packed = fasticl.pack(weight, op.removesuffix("_linear"), pattern=pattern if ":" in pattern else None)
-            packed, weight = packed.to(device()), weight.to(device())
+            stored = packed(N, K, sparsity, pattern, dtype, op.removesuffix("_linear"))
             best = Contender(
                 "fasticl",
-                rotated(partial(function, x), packed, packed.bytes_read, cache),
+                rotated(partial(function, x), stored, stored.bytes_read, cache),
                 Truth.of(F.linear, x, weight),
-                packed.bytes_read + bytes_of(x) + batch * N * x.element_size(),
+                stored.bytes_read + bytes_of(x) + batch * N * x.element_size(),
                 2 * int(torch.count_nonzero(weight)) * batch,
                 sparsity,
                 pattern,
@@ -154,4 +216,4 @@ def linear_case(
                 contenders.append(replace(best, impl=f"fasticl_{target}", calls=calls))
         return contenders + (others(x) if others else [])
 
-    return Case(op, dtype, f"{N}x{K}", batch, build, cache, tier)
+    return Case(op, dtype, f"{N}x{K}", batch, build, cache, tier, 1 + len(kept), extra_seconds)

@@ -14,10 +14,15 @@ from pathlib import Path
 
 import gpu_cases
 import torch
-from common import DTYPES, Case, Results, WrongResult, measure, use
+from common import DTYPES, Case, Results, WrongResult, measure, nvtx_ranges, trace, use
 from environment import ROOT, Environment, cpu_slug, gpu_slug
 from threadpoolctl import threadpool_limits
 
+# An estimate before any measurement; what a run took is printed beside it. Of building, checking and capturing a
+# contender, and of the compilers of a GPU's first cases.
+CONTENDER_SECONDS = {"cpu": 1.0, "cuda": 0.25}
+FIRST_SECONDS = {"cpu": 0.0, "cuda": 60.0}
+GPU_MINUTES = 8.0
 OPS = ("bandwidth", "bitmap_linear", "sliced_linear", "nm_linear", "fused_mlp", "attention_mlp", "model", "decoder")
 
 
@@ -31,7 +36,24 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the weights and inputs")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<machine>.csv; --quick: runs/bench/")
     parser.add_argument("--force", action="store_true", help="measure again what the file has")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="start no case after so many; run again for the rest (default: 8 on cuda, else none)",
+    )
+    parser.add_argument("--nvtx", action="store_true", help="ranges around each case and contender, for a profiler")
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE", help="write a chrome trace of a call of each; time nothing"
+    )
     return parser.parse_args(arguments)
+
+
+def estimate(cases: list[Case], device: str, seconds: float) -> float:
+    """Seconds that the cases will take, about."""
+    return sum(
+        (FIRST_SECONDS[device] if cases else 0.0,
+         *(seconds + case.contenders * CONTENDER_SECONDS[device] + case.extra_seconds for case in cases))
+    )  # fmt: skip
 
 
 def selected(options: argparse.Namespace) -> list[Case]:
@@ -73,16 +95,30 @@ def main(arguments: list[str] | None = None) -> int:
         print("no case fits --op and --dtype", file=sys.stderr)
         return 1
     start = time.perf_counter()
+    if options.trace:
+        with torch.no_grad():
+            trace(cases, options.trace)
+        print(f"{options.trace}: {len(cases)} cases, {time.perf_counter() - start:.0f} s")
+        return 0
+    left = [case for case in cases if options.force or not results.has(case, environment)]
+    minutes = GPU_MINUTES if options.device == "cuda" else float("inf")
+    limit = 60 * (minutes if options.minutes is None else options.minutes)
+    expected = estimate(left, options.device, seconds)
+    print(f"{len(left)} of {len(cases)} cases to measure, about {expected:.0f} s; limit {limit:.0f} s", flush=True)
+    mark = nvtx_ranges() if options.nvtx else None
     wrong = 0
     for index, case in enumerate(cases, 1):
         head = f"[{index}/{len(cases)}, {time.perf_counter() - start:.0f} s] {case}"
         if not options.force and results.has(case, environment):
             print(f"{head}: already measured", flush=True)
             continue
+        if time.perf_counter() - start > limit:
+            print(f"{head}: past {limit:.0f} s; run again for the rest", flush=True)
+            break
         print(head, flush=True)
         try:
             with torch.no_grad():
-                rows = measure(case, environment, seconds=seconds, min_samples=min_samples)
+                rows = measure(case, environment, seconds=seconds, min_samples=min_samples, mark=mark)
         except WrongResult as error:
             print(f"    WRONG, not timed: {error}", flush=True)
             wrong += 1
@@ -95,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
                 flush=True,
             )
         results.put(rows)
-    print(f"{results.path}: {len(results.rows)} rows, {time.perf_counter() - start:.0f} s")
+    print(f"{results.path}: {len(results.rows)} rows, {time.perf_counter() - start:.0f} s of {expected:.0f} s expected")
     return 1 if wrong else 0
 
 

@@ -14,6 +14,8 @@ from environment import ROOT
 from fasticl import sweep
 
 Row = dict[str, str]
+# Beside FastICL's rows and the best dense
+SHOWN = ("onnxruntime", "torch_compile", "torch_csr", "torch_bsr", "torch_2_4", "llama_cpp_q4_1")
 PAPER = ROOT / "benchmarks" / "results" / "reproduce" / "results.json"
 SWEEP = ROOT / "benchmarks" / "results" / "sweep" / "sweep.csv"
 
@@ -60,10 +62,7 @@ def op_table(rows: Sequence[Row], op: str) -> str:
         raise ValueError(f"table {op}: expected rows of this op, got none")
     shapes = list(dict.fromkeys(case[0]["shape"] for case in cases))
     cases.sort(key=lambda case: (shapes.index(case[0]["shape"]), case[0]["dtype"] != "float32", int(case[0]["batch"])))
-    shown = [
-        [r for r in case if fasticl(r) or r["impl"] in ("onnxruntime", "torch_compile", "torch_csr", "llama_cpp_q4_1")]
-        for case in cases
-    ]
+    shown = [[row for row in case if fasticl(row) or row["impl"] in SHOWN] for case in cases]
     variants = list(dict.fromkeys(variant(row) for case in shown for row in case))
     body = []
     for case, others in zip(cases, shown, strict=True):

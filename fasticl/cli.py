@@ -222,8 +222,17 @@ def bench(
     dtype: DtypeOption = Dtype.float32,
     device: Device = "cpu",
     as_json: Json = False,
+    tune: Annotated[
+        bool, typer.Option(help="Measure launch configurations on the GPU at hand instead, and write them to --out.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Of --tune; default: named after the GPU's architecture, sm_90.json.")
+    ] = None,
 ) -> None:
     """Check and time each op against PyTorch's dense layer on this machine: interleaved calls, ratio of medians."""
+    if tune:
+        _tune(op, dtype, out)
+        return
     from fasticl.bench import OPS, WrongResult, run
 
     ops = op or list(OPS)
@@ -674,6 +683,31 @@ def _check_free(out: Path) -> None:
 
 def _weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _tune(op: list[str] | None, dtype: Dtype, out: Path | None) -> None:
+    from fasticl import tune, tuned
+
+    ops = op or list(tuned.SPACE)
+    if unknown := [name for name in ops if name not in tuned.SPACE]:
+        raise typer.BadParameter(
+            f"expected one of {', '.join(tuned.SPACE)}, got {', '.join(unknown)}", param_hint="--op"
+        )
+    if not torch.cuda.is_available():
+        _fail("bench --tune: expected a CUDA or ROCm device, got none that torch can use")
+    path = out or Path(f"{tuned.architecture(0)}.json")
+    console = Console(stderr=True)
+    found = tune.problems(ops, dtype.of_torch)
+    try:
+        entries = tune.tune(found, lambda text: console.print(text, highlight=False))
+        tune.write(path, entries, tune.about())
+    except (OSError, ValueError) as error:
+        _fail(str(error))
+    Console().print(
+        f"{path}: {len(entries)} problems, of {sum(e['default_ms'] > e['ms'] for e in entries)} another configuration "
+        "than the default; read from fasticl/data/",
+        highlight=False,
+    )
 
 
 def _set_threads(threads: int | None) -> None:

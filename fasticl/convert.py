@@ -17,6 +17,7 @@ from fasticl.architectures import TOLERANCE, Block, block_of, layers_of
 from fasticl.checkpoint import make_serializable
 from fasticl.layers import MLP, fold_masks_, is_linear
 from fasticl.nn import SparseLinear, SparseMLP, dense_weight
+from fasticl.ops.bitmap_linear import implementation
 from fasticl.prune import detect_pattern
 from fasticl.replaceable import (
     MLPModule,
@@ -527,7 +528,7 @@ def _choose_kernel(
 
     fits = [name for name in packed if _pays(gains[name], clock.min_speedup)]
     best = max(fits or packed, key=lambda name: math.prod(gains[name].values()))
-    text = _gains_text(gains[best])
+    text = _gains_text(gains[best]) + _implementations_text(packed[best][0], clock.tokens)
     if held is not None:
         return held, f"already packed; {text}", ms["dense"], ms[held]
     if not fits:
@@ -558,6 +559,16 @@ def _candidates(weight: Tensor, values: str | None, in_mlp: bool) -> list[str]:
 
 def _gains(ms: Mapping[str, dict[int, float]], name: str) -> dict[int, float]:
     return {m: ms["dense"][m] / taken for m, taken in ms[name].items()}
+
+
+def _implementations_text(layer: nn.Module, tokens: Sequence[int]) -> str:
+    """Which of its kernels a bitmap layer runs on a GPU, where there are several."""
+    if not isinstance(layer, SparseLinear) or layer._lanes is None:
+        return ""
+    names: dict[str, list[int]] = {}
+    for M in tokens:
+        names.setdefault(implementation(layer.values, layer.out_features, layer.in_features, M), []).append(M)
+    return "".join(f"; {name} at {' / '.join(map(str, some))}" for name, some in names.items())
 
 
 def _pays(gains: Mapping[int, float], min_speedup: float) -> bool:

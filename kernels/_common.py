@@ -7,6 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+try:
+    from triton.language.target_info import is_hip
+except ImportError:  # an older Triton, whose kernels are then NVIDIA's only
+    is_hip = None
+
 # Of every launch. Whether products and sums fuse is said here: Triton's default depends on its release and environment.
 OPTIONS = {"enable_fp_fusion": True}
 
@@ -50,14 +55,42 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def count_bits(x):
-    """Set bits of int32."""
+def _popc(x):
     return tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
 
 
 @triton.jit
-def permute_bytes(low, high, selector):
-    """Four bytes of the eight of int32 ``low`` and ``high``, each chosen by a nibble of ``selector``."""
+def _prmt(low, high, selector):
     return tl.inline_asm_elementwise(
         "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, selector], dtype=tl.int32, is_pure=True, pack=1
     )
+
+
+if is_hip is None:
+    count_bits, permute_bytes = _popc, _prmt
+else:
+
+    @triton.jit
+    def count_bits(x):
+        """Set bits of int32."""
+        if is_hip():
+            x -= (x >> 1) & 0x55555555
+            x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+            count = ((x + (x >> 4) & 0x0F0F0F0F) * 0x01010101) >> 24
+        else:
+            count = _popc(x)
+        return count
+
+    @triton.jit
+    def permute_bytes(low, high, selector):
+        """Four bytes of the eight of int32 ``low`` and ``high``, each chosen by a nibble of ``selector``, 0 to 7."""
+        if is_hip():
+            both = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
+            chosen = (both >> (8 * (selector & 7)).to(tl.int64)) & 0xFF
+            for i in tl.static_range(1, 4):
+                byte = (both >> (8 * ((selector >> (4 * i)) & 7)).to(tl.int64)) & 0xFF
+                chosen |= byte << (8 * i)
+            chosen = chosen.to(tl.int32)
+        else:
+            chosen = _prmt(low, high, selector)
+        return chosen

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fasticl import tuned
 from fasticl.kernels._common import (
     OPTIONS,
     activate,
@@ -135,12 +136,16 @@ def launch_packed(
     else:
         block_m = block_n = 32 if x.dtype == torch.float32 else 64  # larger float32 tiles spill
         bytes_ = 8
+    op = "nm_linear" if row_offsets is None else "bitmap_linear"
+    found = {**tuned.lookup(op, x, N, K, M, values.numel() / max(1, N * K))}
+    found.pop("implementation", None)
+    block_n, bytes_ = found.pop("BLOCK_N", block_n), found.pop("BYTES", bytes_)
     # Words of two values: what is stored begins at even places, but may do so anywhere in memory.
     words = row_offsets is None and x.element_size() == 2 and K > 0 and values.data_ptr() % 4 == 0
     packed_kernel[(triton.cdiv(N, block_n), triton.cdiv(M, block_m))](
         x, values, values.view(torch.int32) if words else None, bitmask, row_offsets,
         None if bias is None else bias.contiguous(), y, M, N, K, values.numel() // N, x.stride(0),
         ACTIVATION=activation, PRECISION=dot_precision(x.dtype), BLOCK_M=block_m, BLOCK_N=block_n,
-        BYTES=min(bytes_, block(triton.cdiv(K, 8), 2, 32)), num_warps=4, num_stages=2, **OPTIONS,
+        BYTES=min(bytes_, block(triton.cdiv(K, 8), 2, 32)), **{"num_warps": 4, "num_stages": 2, **found}, **OPTIONS,
     )  # fmt: skip
     return y

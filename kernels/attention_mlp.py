@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fasticl import tuned
 from fasticl.kernels._common import OPTIONS, block, dot_precision, last_contiguous, matrix, relu
 from fasticl.ops.attention_mlp import reference
 
@@ -280,22 +281,27 @@ def launch(context: Tensor, query: Tensor, A: Tensor, W: Tensor, a: Tensor, leng
 
     block_d, step = block(d, 16, MAX_D), 128 // W.element_size()
     unit = math.gcd(8, d, *context.stride()[:2], A.stride(0), W.stride(0))
+    found = tuned.lookup("attention_mlp", context, L, d, N) if Q == 1 else {}
     by_tile = Q > 1 and d <= MAX_TILE_D
     if by_tile:
         block_q, block_l, warps = _query_tile(context.dtype, Q, L, block_d, unit)
         programs = B * triton.cdiv(Q, block_q)
     else:
         warps = 4 if block_d <= TILE // 4 else 8
-        tile = TILE * warps // 4 // (2 if unit < 4 else 1)  # addresses of single elements take registers too
+        tile = (
+            found.get("TILE", TILE) * warps // 4 // (2 if unit < 4 else 1)
+        )  # addresses of single elements take registers too
         block_l, programs = block(L, 1, max(1, tile // block_d)), N
-    splits = min(triton.cdiv(PROGRAMS, programs), triton.cdiv(L, SPLIT_ROWS))
+    splits = min(triton.cdiv(found.get("PROGRAMS", PROGRAMS), programs), triton.cdiv(L, SPLIT_ROWS))
     split_rows = triton.cdiv(triton.cdiv(L, splits), block_l) * block_l
     splits = triton.cdiv(L, split_rows)
     reread = N * d * (d + m) * W.element_size()
     one_launch = not by_tile and splits == 1 and d <= TILE // 16 and (d + m <= L or reread <= REREAD_BYTES)
 
     precision = dot_precision(context.dtype)
-    block_n = block(N, 16, 64)
+    # Loads of single elements, whose addresses take registers: with larger blocks than these some spill.
+    narrow = any(size % 16 for size in (d, query.stride(0), A.stride(0), W.stride(0)))
+    block_n = block(N, 16, 32 if narrow else 64)
     key = mixed = state = None
     if not one_launch:
         scratch = context.new_empty(N * (d + splits * (d + 2)), dtype=torch.float32)
@@ -318,13 +324,14 @@ def launch(context: Tensor, query: Tensor, A: Tensor, W: Tensor, a: Tensor, leng
             query.stride(0), A.stride(0) // unit, W.stride(0) // unit,
             ONE_LAUNCH=one_launch, BLOCK_L=block_l, BLOCK_D=block_d,
             BLOCK_M=block(m, 1, max(1, TILE // 2 // block_d)), STEP=max(16, min(block_d, TILE // 2 // block_d)),
-            STAGES=3, UNIT=unit, num_warps=warps, **OPTIONS,
+            STAGES=found.get("STAGES", 3), UNIT=unit, num_warps=warps, **OPTIONS,
         )  # fmt: skip
     if not one_launch:
-        rows = 16 if W.dtype == torch.float32 else min(block_n, 32)  # of more rows, float32 sums spill on sm_80
+        rows = 16 if W.dtype == torch.float32 or narrow else min(block_n, 32)  # of more, float32 sums spill on sm_80
         readout_kernel[(triton.cdiv(N, rows),)](
             mixed, state, W, a, out, N, d, m, splits, W.stride(0),
-            PRECISION=precision, BLOCK_N=rows, BLOCK_M=step, STEP=step, num_warps=4, **OPTIONS,
+            PRECISION=precision, BLOCK_N=rows, BLOCK_M=step, STEP=16 if narrow and step == 32 else step, num_warps=4,
+            **OPTIONS,
         )  # fmt: skip
     return out
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from fasticl import tuned
 from fasticl.kernels import sliced_linear
 from fasticl.kernels._common import OPTIONS, activate, dot_precision, last_contiguous, matrix
 from fasticl.kernels._packed import launch_packed
@@ -152,24 +153,29 @@ def _dense(
     x2, up, down = matrix(x), last_contiguous(up), last_contiguous(down)
     gate = None if gate is None else last_contiguous(gate)
     up_bias, down_bias, gate_bias = (None if b is None else b.contiguous() for b in (up_bias, down_bias, gate_bias))
-    M, programs = x2.shape[0], triton.cdiv(H, PROGRAM_NEURONS)
+    M = x2.shape[0]
+    found = {**tuned.lookup("fused_mlp", x, H, K, M)}
+    block_h, block_k = found.pop("BLOCK_H", None), found.pop("BLOCK_K", None)
+    neurons = block_h or PROGRAM_NEURONS
+    programs = triton.cdiv(H, neurons)
     hidden = (x2, up, gate, up_bias, gate_bias)
     strides = (x2.stride(0), up.stride(0), 0 if gate is None else gate.stride(0))
-    options = {"ACTIVATION": activation, "PRECISION": dot_precision(x.dtype), "num_warps": 4, **OPTIONS}
+    options = {"ACTIVATION": activation, "PRECISION": dot_precision(x.dtype), "num_warps": 4, **found, **OPTIONS}
 
     weights = size * H * (K * (1 if gate is None else 2) + N)
     if M <= ONE_PASS_TOKENS and 2 * 4 * programs * M * N <= ONE_PASS_SHARE * weights:
         sums = x.new_empty((programs, M, N), dtype=torch.float32)
         mlp_kernel[(programs,)](
             *hidden, down, sums, M, N, H, K, *strides, down.stride(0),
-            BLOCK_M=16, BLOCK_H=PROGRAM_NEURONS, BLOCK_K=256 // size, BLOCK_N=128 if size == 2 else 64, **options,
+            BLOCK_M=16, BLOCK_H=neurons, BLOCK_K=block_k or 256 // size, BLOCK_N=128 if size == 2 else 64, **options,
         )  # fmt: skip
         y = x.new_empty((*x.shape[:-1], N))
         sum_kernel[(triton.cdiv(N, 64), M)](sums, down_bias, y, programs, M, N, BLOCK_P=32, BLOCK_N=64, **OPTIONS)
         return y
-    block_m, block_h = (16, 32) if M <= 16 else (32, 32) if size == 4 else (64, 64)
+    block_m, rows = (16, 32) if M <= 16 else (32, 32) if size == 4 else (64, 64)
+    rows, block_k = block_h or rows, block_k or (64 if size == 2 else 16)
     h = x.new_empty((*x.shape[:-1], H))
-    hidden_kernel[(triton.cdiv(H, block_h), triton.cdiv(M, block_m))](
-        *hidden, h, M, H, K, *strides, BLOCK_M=block_m, BLOCK_H=block_h, BLOCK_K=64 if size == 2 else 16, **options
+    hidden_kernel[(triton.cdiv(H, rows), triton.cdiv(M, block_m))](
+        *hidden, h, M, H, K, *strides, BLOCK_M=block_m, BLOCK_H=rows, BLOCK_K=block_k, **options
     )
     return F.linear(h, down, down_bias)

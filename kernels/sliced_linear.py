@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fasticl import tuned
 from fasticl.formats import STEP_BYTES
 from fasticl.kernels._common import OPTIONS, activate, block, count_bits, matrix
 from fasticl.kernels._packed import launch_packed
@@ -66,9 +67,11 @@ def launch(
     x = matrix(x)
     M = x.shape[0]
     block_m = block(M, 1, MAX_TOKENS)
+    found = tuned.lookup("sliced_linear", x, N, K, M, values.numel() / max(1, N * K))
     sliced_kernel[(slice_offsets.shape[0] - 1,)](
         x, sliced_values, steps.view(torch.int16), slice_offsets, row_order,
         None if bias is None else bias.contiguous(), y, M, N, x.stride(0),
-        ACTIVATION=activation, BLOCK_M=block_m, STEPS=64 // block_m, HALVES=STEP_BYTES // 2, num_warps=4, **OPTIONS,
+        ACTIVATION=activation, BLOCK_M=block_m, HALVES=STEP_BYTES // 2,
+        **{"STEPS": 64 // block_m, "num_warps": 4, **found}, **OPTIONS,
     )  # fmt: skip
     return y

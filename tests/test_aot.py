@@ -1,8 +1,10 @@
 """fasticl.testing.aot: what it reports of kernels whose machine code is known, and the defects that it catches."""
 
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,6 +47,31 @@ def test_a_matmul_is_pipelined_on_tensor_cores(arch: int, instruction: str) -> N
     assert binary.count("LDGSTS") > 0
     assert 16 <= binary.registers <= 255
     assert binary.shared_bytes >= 2 * 2 * 64 * 64 * 2  # two stages of a and b at least
+
+
+def test_for_amd() -> None:
+    pytest.importorskip("triton.backends.amd")
+    with compiling("gfx942") as binaries:
+        matmul(64)
+    binaries[0].check()
+    assert binaries[0].arch == "gfx942"
+    assert binaries[0].count("v_mfma_f32_32x32x8_bf16") >= 8
+    assert 16 <= binaries[0].registers <= 512
+    assert binaries[0].shared_bytes >= 2 * 64 * 64
+    spilling, count = re.subn(r"(\.vgpr_spill_count:\s*)0", r"\g<1>7", binaries[0].sass)
+    assert count == 1
+    with pytest.raises(AssertionError, match=r"matmul_kernel for gfx942: 28 bytes of scratch, spilled \{'vgpr': 7, "):
+        replace(binaries[0], stack_bytes=28, sass=spilling).check()
+    with pytest.raises(AssertionError, match=r"gfx942: spilled \{'vgpr': 7, "):
+        replace(binaries[0], sass=spilling).check()
+    with pytest.raises(AssertionError, match="gfx942: expected at most 65536 bytes shared, got 65537"):
+        replace(binaries[0], shared_bytes=65537).check()
+
+
+@pytest.mark.parametrize("arch", [81, "gfx1"])
+def test_an_unknown_architecture_is_refused(arch: int | str) -> None:
+    with pytest.raises(ValueError, match=f"arch: expected one of 80, 86, 89, 90.*, got {arch}"), compiling(arch):
+        pass
 
 
 def test_spills_are_caught() -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ import common  # noqa: E402
 import environment  # noqa: E402
 import gpu_cases  # noqa: E402
 import gpu_clock  # noqa: E402
+import gpu_models  # noqa: E402
 import linear  # noqa: E402
 import plot  # noqa: E402
 import run  # noqa: E402
@@ -297,9 +299,10 @@ def test_gpu_clock_divides_replays_by_their_calls() -> None:
         name = contender[0]()
         return lambda: next(milliseconds[name]), calls[name]
 
-    timed = gpu_clock.interleaved(
+    timed, refused = gpu_clock.interleaved(
         {name: [lambda name=name: name] for name in calls}, seconds=1e-9, min_samples=3, capture=capture
     )
+    assert not refused
     assert (timed["slow"].ms_p50, timed["fast"].ms_p50) == (2.0, 1.0)  # the first replay warms up
     assert (timed["slow"].samples, timed["slow"].repeats) == (3, 4)
 
@@ -314,11 +317,156 @@ def test_gpu_rows_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {row["impl"] for row in rows} >= {"torch", "fasticl"}
     monkeypatch.setattr(gpu_cases, "READ_BYTES", 1 << 16)
     monkeypatch.setattr(gpu_cases, "MATMUL", 64)
-    monkeypatch.setattr(Tensor, "cuda", lambda self: self)
     for case in gpu_cases.cases(True)[:3]:
         (row,) = common.measure(case, there, **QUICK)
         assert row["impl"] in ("read_only", "copy", "matmul")
         assert (row["baseline"], row["speedup"]) == ("", "")
+
+
+def test_a_graph_holds_as_many_rounds_as_are_short() -> None:
+    assert gpu_clock.rounds_of(3, 0.06) == 7  # 20 calls
+    assert gpu_clock.rounds_of(20, 0.4) == 1
+    assert gpu_clock.rounds_of(1, 2.0) == 5  # 10 ms
+    assert gpu_clock.rounds_of(4, 80.0) == 1
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["llama", "gpt2"])
+def test_decoding_models(gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_models, "PAST", 5)
+    shape = gpu_models.Shape("tiny", 2, 64, 4, 2 if gated else 4, 96, 80, gated)
+    with torch.no_grad():
+        case = gpu_models.decode_case(shape, 3, "float32", tier="sweep")
+        contenders = case.build()
+        found = {contender.name: contender for contender in contenders}
+        again = found["fasticl unstructured 0.5"]
+        torch.testing.assert_close(again.calls[0](), again.calls[0](), rtol=0, atol=0)  # a step leaves no trace
+        dense = found["torch dense 0"]
+        assert found["fasticl neuron 0.5"].bytes == found["torch_smaller neuron 0.5"].bytes < dense.bytes
+        assert found["fasticl unstructured 0.8"].bytes < again.bytes < dense.bytes
+        rows = common.measure(replace(case, build=lambda: contenders), HERE, **QUICK)
+    check_rows(rows)
+    assert len(rows) == 2 + len(gpu_models.KEPT)
+
+
+def test_the_token_of_a_decoding_model_sees_the_whole_past(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its attention against the definition, head by head, positions as complex numbers."""
+    monkeypatch.setattr(gpu_models, "PAST", 5)
+    shape = gpu_models.Shape("tiny", 1, 32, 4, 2, 8, 8, True)
+    attention = gpu_models.Attention(shape, 2).double()
+    past = attention.cache[..., :5, :].clone()
+    x = torch.randn(2, 32, dtype=torch.float64)
+    with torch.no_grad():
+        y = attention(x)
+        q, k, v = attention.qkv(x).view(2, 8, 8).split((4, 2, 2), 1)
+    turn = torch.polar(torch.ones(4).double(), 5 * gpu_models.ROTARY_BASE ** (torch.arange(4).double() / -4))
+
+    def rotate(heads: Tensor) -> Tensor:
+        turned = torch.complex(*heads.chunk(2, -1)) * turn
+        return torch.cat((turned.real, turned.imag), -1)
+
+    keys, values = torch.cat((past[0], rotate(k)[:, :, None]), 2), torch.cat((past[1], v[:, :, None]), 2)
+    heads = []
+    for head in range(4):
+        scores = (keys[:, head // 2] @ rotate(q)[:, head, :, None]).squeeze(2) / 8**0.5
+        heads.append((scores.softmax(1)[:, None] @ values[:, head // 2]).squeeze(1))
+    torch.testing.assert_close(y, attention.out(torch.cat(heads, 1)), rtol=1e-5, atol=1e-5)
+
+
+def test_icl_model_over_pruning_rates() -> None:
+    with torch.no_grad():
+        rows = common.measure(gpu_models.icl_case(5, 16, 20, 3, "float32", tier="sweep"), HERE, **QUICK)
+    check_rows(rows)
+    assert [row["sparsity"] for row in rows if row["impl"] == "fasticl"] == ["0", "0.25", "0.5", "0.75", "0.9"]
+
+
+def test_torch_s_own_sparse_layers(capsys: pytest.CaptureFixture[str]) -> None:
+    x = torch.randn(3, 64)
+    for impl, pattern in (("torch_csr", "unstructured"), ("torch_bsr", "block"), ("torch_smaller", "neuron")):
+        (contender,) = linear.torch_sparse(impl, 96, 64, 0.5, pattern, x, "float32", "hot")
+        assert contender.optional
+        assert contender.truth.check(contender.calls[0](), impl) < 1e-5
+        assert contender.flops == 2 * 96 * 64 * 3 // 2
+    assert torch.count_nonzero(linear.pruned(96, 64, 0.5, "block", "float32")) == 96 * 64 // 2
+    if not torch.cuda.is_available():
+        assert linear.torch_sparse("torch_2_4", 96, 64, 0.5, "2:4", x, "float32", "hot") == []
+        assert "torch_2_4 is not measured: RuntimeError: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("when", ["checked", "captured", "wrong"])
+def test_an_optional_baseline_may_be_refused(
+    when: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_clock, "interleaved", partial(gpu_clock.interleaved, capture=stub_capture))
+    normal, *others = tiny().build()
+    calls = 0
+
+    def call() -> Tensor:
+        nonlocal calls
+        calls += 1
+        if when == "checked" or (when == "captured" and calls > 1):
+            raise NotImplementedError("no kernel\nin this torch")
+        return normal.calls[0]() * (1.1 if when == "wrong" else 1)
+
+    refusing = replace(normal, impl="torch_csr", calls=[call], optional=True)
+    rows = common.measure(replace(tiny(), build=lambda: [normal, refusing, *others]), replace(HERE, device="cuda"))
+    assert {row["impl"] for row in rows} == {"torch", "fasticl", "numpy"}
+    reason = "WrongResult" if when == "wrong" else "NotImplementedError: no kernel\n"
+    assert f"torch_csr dense 0 is not measured: {reason}" in capsys.readouterr().out
+    needed, calls = replace(tiny(), build=lambda: [normal, replace(refusing, optional=False)]), 0
+    with pytest.raises((NotImplementedError, common.WrongResult)):
+        common.measure(needed, replace(HERE, device="cuda"))
+
+
+def test_compiled_linear() -> None:
+    x = torch.randn(2, 32)
+    for contender in linear.torch_compiled(48, 32, x, "float32", "hot"):  # none without a compiler
+        assert contender.dense
+        assert contender.truth.check(contender.calls[0](), "torch_compile") < 1e-5
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_ranges_around_cases_and_contenders(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_clock, "interleaved", partial(gpu_clock.interleaved, capture=stub_capture))
+    opened: list[str] = []
+
+    @contextmanager
+    def annotate(message: str) -> Iterator[None]:
+        opened.append(message)
+        yield
+
+    monkeypatch.setitem(sys.modules, "nvtx", SimpleNamespace(annotate=annotate))
+    common.measure(tiny(), replace(HERE, device=device), mark=common.nvtx_ranges(), **QUICK)
+    assert opened[0] == str(tiny())
+    assert {"torch dense 0", "fasticl unstructured 0.5", "fasticl unstructured 0.9"} <= set(opened[1:])
+    monkeypatch.setitem(sys.modules, "nvtx", None)
+    with common.nvtx_ranges()("without the package"):
+        pass
+
+
+def test_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "selected", lambda options: [tiny(), replace(tiny(), shape="other")])
+    file, out = tmp_path / "folder" / "trace.json", tmp_path / "results.csv"
+    assert run.main(["--quick", "--threads", "1", "--out", str(out), "--trace", str(file)]) == 0
+    assert not out.exists()
+    names = [event.get("name") for event in json.loads(file.read_text())["traceEvents"]]
+    for case in (tiny(), replace(tiny(), shape="other")):
+        assert names.count(str(case)) == 1
+    assert names.count("fasticl unstructured 0.9") == 2
+    assert names.count("fasticl::bitmap_linear") == 4  # once each: what checks them is before
+    assert "aten::randn" not in names
+
+
+def test_a_run_ends_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "selected", lambda options: [tiny(), replace(tiny(), shape="other")])
+    arguments = ["--quick", "--threads", "1", "--out", str(tmp_path / "results.csv")]
+    assert run.main([*arguments, "--minutes", "1e-6"]) == 0
+    out = capsys.readouterr().out
+    assert "2 of 2 cases to measure, about " in out
+    assert "past 0 s; run again for the rest" in out
+    assert run.main(arguments) == 0
+    assert {row["shape"] for row in common.read_rows(tmp_path / "results.csv")} == {"48x32", "other"}
 
 
 def test_gpu_cases_rotate_copies_past_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,10 +480,13 @@ def test_gpu_cases_rotate_copies_past_its_cache(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_gpu_cases_cover_every_op() -> None:
-    for arguments in ([], ["--quick"]):
+    for arguments in (["--quick"], []):
         cases = run.selected(run.parse(["--device", "cuda", *arguments]))
-        assert {case.op for case in cases} == set(run.OPS) - {"model", "decoder"}
+        assert {case.op for case in cases} == set(run.OPS) - {"decoder"}
         assert cases[0].op == "bandwidth"  # ceilings first
+        assert run.estimate(cases, "cuda", 0.3) < 60 * run.GPU_MINUTES
+    batches = {case.batch for case in cases if case.op == "bitmap_linear"}
+    assert (min(batches), max(batches)) == (1, 256)
     assert {case.op for case in run.selected(run.parse(["--device", "cuda", "--op", "nm_linear"]))} == {"nm_linear"}
 
 

@@ -1,4 +1,7 @@
-"""The Triton kernels compiled for sm_80 and sm_90, as their launches launch them: no spills, the instructions meant."""
+"""The Triton kernels compiled as their launches launch them: no spills, the instructions meant.
+
+For sm_80, sm_90 and, where Triton's wheel has AMD's compiler, gfx942 (MI300).
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,10 @@ from fasticl.testing.aot import Binary, compiling
 F32, BF16 = torch.float32, torch.bfloat16
 archs = pytest.mark.parametrize("arch", [80, 90], ids=["sm_80", "sm_90"])
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA"}
+MFMA = re.compile(r"\bv_mfma_f32_")
 
 
-def compiled(arch: int, launch, *arguments) -> dict[str, Binary]:
+def compiled(arch: int | str, launch, *arguments) -> dict[str, Binary]:
     """Of each kernel that was launched its binary, free of spills."""
     with compiling(arch) as binaries:
         launch(*arguments)
@@ -39,6 +43,8 @@ def compiled(arch: int, launch, *arguments) -> dict[str, Binary]:
         (torch.float16, (3, 4096, 60, 200), 3),
         (BF16, (2048, 512, 61, 40), 1),
         (F32, (2048, 512, 1024, 256), 3),
+        (BF16, (2400, 512, 1000, 40), 3),
+        (F32, (2400, 512, 1000, 40), 3),
     ],
     ids=str,
 )
@@ -50,7 +56,7 @@ def test_attention_mlp(arch: int, dtype: torch.dtype, shape: tuple[int, int, int
     if d != 61:  # a prompt's rows are copied ahead of their use, in words as wide as their alignment
         width = r"\.128" if d % 8 == 0 else ""
         assert len(re.findall(rf"\bLDGSTS\S*{width}\b", found["attention_kernel"].sass)) >= 3
-    if kernels == 3 and dtype == BF16:
+    if kernels == 3 and dtype == BF16 and d == 1024:
         assert found["key_kernel"].count(TENSOR_CORES[arch])
         assert found["readout_kernel"].count("HMMA")  # of fewer rows than HGMMA multiplies
 
@@ -83,12 +89,8 @@ def test_attention_mlp_of_many_queries(arch: int, dtype: torch.dtype, shape: tup
 @pytest.mark.parametrize("dtype", [F32, BF16, torch.float16], ids=str)
 @pytest.mark.parametrize(("Q", "d"), [(64, 61), (3, 255), (64, 255)])
 def test_unaligned_tiles_of_queries(arch: int, Q: int, d: int, dtype: torch.dtype) -> None:
-    """The kernel alone: those of A q and of the readout spill a few registers there."""
     tensors = [empty(*size, dtype=dtype) for size in ((8, 100, d), (8, Q, d), (d, d), (40, d), (40,))]
-    with compiling(arch) as binaries:
-        attention_mlp.launch(*tensors, None)
-    (binary,) = (binary for binary in binaries if binary.kernel == "queries_kernel")
-    binary.check()
+    assert len(compiled(arch, attention_mlp.launch, *tensors, None)) == 3
 
 
 def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -144,6 +146,47 @@ def test_fused_mlp(arch: int, dtype: torch.dtype, M: int) -> None:
     assert first.count("LDGSTS")
     if dtype == BF16:
         assert first.count(TENSOR_CORES[arch] if M == 64 else "HMMA")
+
+
+@pytest.mark.parametrize("M", [1, 8, 64])
+def test_linears_for_amd(M: int) -> None:
+    """Bits are counted and bytes permuted without NVIDIA's assembly."""
+    pytest.importorskip("triton.backends.amd")
+    N = K = 4096
+    x, values = empty(M, K, dtype=BF16), empty(N * K // 2, dtype=BF16)
+    mask, offsets = empty(N, K // 8, dtype=torch.uint8), empty(N + 1, dtype=torch.int64)
+    for found in (
+        compiled("gfx942", nm_linear.launch, x, values, mask, None, "gelu"),
+        compiled("gfx942", bitmap_linear.launch, x, values, mask, offsets, None, None),
+    ):
+        assert bool(MFMA.search(found["packed_kernel"].sass)) == (M > 1)
+    if M <= 8:
+        steps, slices = empty(9, 20, dtype=torch.uint8), empty(N // 16 + 1, 2, dtype=torch.int64)
+        layout = values, steps, slices, empty(N, dtype=torch.int32)
+        found = compiled("gfx942", sliced_linear.launch, x, values, mask, offsets, *layout, None, None)
+        assert list(found) == ["sliced_kernel"]
+
+
+@pytest.mark.parametrize(("dtype", "M"), [(BF16, 1), (BF16, 64), (F32, 64)], ids=str)
+def test_fused_mlp_for_amd(dtype: torch.dtype, M: int) -> None:
+    pytest.importorskip("triton.backends.amd")
+    up, down = [empty(8192, 2048, dtype=dtype)], [empty(2048, 8192, dtype=dtype)]
+    found = compiled("gfx942", fused_mlp.launch, empty(M, 2048, dtype=dtype), up, down, up, None, None, None, "silu")
+    assert list(found) == (["mlp_kernel", "sum_kernel"] if M == 1 else ["hidden_kernel"])
+    assert MFMA.search(next(iter(found.values())).sass)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "Q", "d"), [(BF16, None, 64), (BF16, None, 1024), (F32, None, 1024), (BF16, 64, 64)], ids=str
+)
+def test_attention_mlp_for_amd(dtype: torch.dtype, Q: int | None, d: int) -> None:
+    pytest.importorskip("triton.backends.amd")
+    B = 256 if Q else 2048
+    sizes = ((B, 512, d), (B, Q, d) if Q else (B, d), (d, d), (256, d), (256,))
+    found = compiled("gfx942", attention_mlp.launch, *(empty(*size, dtype=dtype) for size in sizes), None)
+    assert len(found) == (1 if (Q, d) == (None, 64) else 3)
+    for name in found.keys() - {"attention_kernel"}:
+        assert MFMA.search(found[name].sass)
 
 
 def test_sizes_of_one_compile() -> None:

@@ -12,10 +12,12 @@ from helpers import assert_close_to_truth
 from linear_cases import ACTIVATIONS, DTYPES, Op, dense, double
 from torch import Tensor
 from torch.nn import functional as F
-from triton_device import DEVICE
+from triton_device import DEVICE, INTERPRETED
 
 import fasticl
 from fasticl import PackedWeight
+from fasticl.kernels import _common
+from fasticl.testing import interpreter
 from fasticl.testing.interpreter import checked
 
 OPS = {
@@ -209,3 +211,14 @@ def test_bitmap_takes_the_portable_form_of_other_formats() -> None:
     expected = launch(OPS["bitmap"], x, fasticl.pack(weight, "bitmap"))
     for format in ("sliced", "nm"):
         torch.testing.assert_close(launch(OPS["bitmap"], x, fasticl.pack(weight, format)), expected)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the compiler of another GPU is needed")
+@pytest.mark.parametrize("M", [1, 9])
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_without_the_assembly_of_nvidia(op: Op, M: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on AMD: bits are counted and bytes permuted by arithmetic."""
+    monkeypatch.setattr(_common, "is_hip", lambda: True)
+    monkeypatch.setattr(interpreter, "_twins", {})
+    K = op.columns(120)
+    assert_as_dense(op, torch.randn(M, K).bfloat16(), op.weight(20, K, dtype=torch.bfloat16))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fasticl import _C, lane_stream
+from fasticl import _C, lane_stream, tuned
 from fasticl.formats import PackedWeight
 from fasticl.ops import _linear
 from fasticl.ops import _registry as registry
@@ -15,6 +15,7 @@ try:
 except ImportError:  # not built: CUDA tensors run the Triton kernel
     _C_cuda = None  # type: ignore[assignment]
 
+has_cuda_kernel = _C_cuda is not None
 CUDA_TOKENS = 256  # beyond, the weight is decoded so often that unpacking it once for torch's matmul is taken instead
 
 
@@ -95,11 +96,14 @@ def cuda(
     if lanes is None or plan is None:
         return _triton(x, values, bitmask, row_offsets, bias, activation)
     x2, M, stride = registry.rows(x)
-    if M > CUDA_TOKENS:
+    N, K = bitmask.shape[0], x.shape[-1]
+    runs = implementation(values, N, K, M)
+    if runs == "Triton":
+        return _triton(x, values, bitmask, row_offsets, bias, activation)
+    if runs == "PyTorch":
         return reference(x, values, bitmask, row_offsets, bias, activation)
     if x.dtype not in lane_stream.DTYPES:
         raise TypeError(f"bitmap_linear: x: expected dtype bfloat16 or float16 with lane streams, got {x.dtype}")
-    N, K = bitmask.shape[0], x.shape[-1]
     lane_values, masks, starts, row_order = lanes
     splits, blocks, depth = plan
     strips = -(-N // lane_stream.STRIP)
@@ -117,6 +121,16 @@ def cuda(
         registry.ACTIVATIONS[activation], y.data_ptr(), N, registry.DTYPES[x.dtype], device, current_stream,
     )  # fmt: skip
     return y
+
+
+def implementation(values: Tensor, N: int, K: int, M: int) -> str:
+    """What computes for M tokens on a GPU, of a weight with lane streams: "Triton" where its table found that faster,
+    else "CUDA C++", or for many tokens "PyTorch", on the unpacked weight.
+    """
+    found = tuned.lookup("bitmap_linear", values, N, K, M, values.numel() / max(1, N * K))
+    if found.get("implementation") == "Triton":
+        return "Triton"
+    return "CUDA C++" if M <= CUDA_TOKENS else "PyTorch"
 
 
 _triton = registry.by_triton("bitmap_linear", reference)
