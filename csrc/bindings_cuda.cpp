@@ -3,6 +3,7 @@
 
 #include "bitmap_linear_cuda.h"
 #include "nm_linear_cuda.h"
+#include "sliced_linear_cuda.h"
 
 #ifdef FASTICL_CUDA_ON_CPU
 #include "testing/cuda_on_cpu.h"
@@ -81,4 +82,31 @@ PYBIND11_MODULE(FASTICL_MODULE, m) {
       "y = act(x W^T + b), W 2:4 in the fragment layout, bfloat16 or float16, at most 64 tokens. Addresses and strides "
       "(elements); nothing else is checked here. strips and splits, how blocks share the work, are chosen if 0. Raises "
       "RuntimeError where CUDA refuses.");
+
+  m.attr("gather_layout") = py::dict(
+      "GROUP"_a = gather_layout::kGroup, "CLASSES"_a = gather_layout::kClasses, "ENTRIES"_a = gather_layout::kEntries,
+      "STEP_BITS"_a = gather_layout::kStepBits, "EIGHT_BYTES"_a = gather_layout::kEightBytes,
+      "MAX_WARPS"_a = gather_layout::kMaxWarps, "MAX_TOKENS"_a = gather_layout::kMaxTokens);
+  m.def("sliced_linear_workspace", &sliced_linear_workspace, "M"_a, "groups"_a, "shares"_a, "blocks"_a,
+        "Bytes of memory, whatever they hold, that sliced_linear needs where K has several shares.");
+  m.def(
+      "sliced_linear",
+      [](Address x, int M, int64_t x_stride, Address records, Address starts, Address row_order, int groups, int K,
+         int shares, int blocks, int warps, Address workspace, Address bias, int activation, Address y,
+         int64_t y_stride, int dtype, int device, Address stream) {
+        py::gil_scoped_release release;
+        SlicedLinearCuda p{};
+        p.x = pointer<const void>(x), p.M = M, p.x_stride = x_stride;
+        p.records = pointer<const void>(records);
+        p.starts = pointer<const int32_t>(starts), p.row_order = pointer<const int32_t>(row_order);
+        p.groups = groups, p.K = K, p.shares = shares, p.blocks = blocks, p.warps = warps;
+        p.workspace = pointer<void>(workspace);
+        p.bias = pointer<const void>(bias), p.activation = static_cast<Activation>(activation);
+        p.y = pointer<void>(y), p.y_stride = y_stride;
+        sliced_linear_cuda(p, static_cast<DType>(dtype), device, stream);
+      },
+      "x"_a, "M"_a, "x_stride"_a, "records"_a, "starts"_a, "row_order"_a, "groups"_a, "K"_a, "shares"_a, "blocks"_a,
+      "warps"_a, "workspace"_a, "bias"_a, "activation"_a, "y"_a, "y_stride"_a, "dtype"_a, "device"_a, "stream"_a,
+      "y = act(x W^T + b), W in the gather layout, bfloat16 or float16, at most 8 tokens. Addresses and strides "
+      "(elements); nothing else is checked here. Raises RuntimeError where CUDA refuses.");
 }

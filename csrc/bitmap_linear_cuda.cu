@@ -5,8 +5,8 @@
 // through a ring in shared memory, and meets the others only at the end, where their sums are added in a fixed order:
 // split-K without a second kernel, and with the same result every time. Where strips are too few for the GPU, several
 // blocks share one: each leaves its sums in a workspace, and the last to come adds all of them, in their order and not
-// in that of coming. Thread block clusters would save the trips to L2 (about 0.4 us of 0.7, computed); sm_80 has none,
-// and would need what is here besides.
+// in that of coming (comes_last of device.h). Thread block clusters would save the trips to L2 (about 0.4 us of 0.7,
+// computed); sm_80 has none, and would need what is here besides.
 //
 // The workspace is allocated for each call, so that calls on several streams share nothing, and a CUDA graph keeps that
 // of each call that it captured. What it holds does not matter: arrive() tells counts from whatever else is there.
@@ -64,21 +64,6 @@ FASTICL_DEVICE uint2 nibble_entry(uint32_t nibble) {
   const uint32_t before = (first & 1) + (first >> 1), count = before + (second & 1) + (second >> 1);
   return {static_cast<uint32_t>(selectors >> 16 * first & 0xffff) | count * 64 << 16,
           static_cast<uint32_t>(selectors >> 16 * second & 0xffff) | before * 16 << 16};
-}
-
-// Bits 8 to 63 of a word that counts; chosen at random, so that no other data are taken for them (once in 2^56).
-constexpr unsigned long long kCounts = 0x9d3f'71c6'e8a2'5b00;
-
-// How many threads have come to the word, this one included. It counts from 0 whatever it held, as long as that was no
-// count: the last to come leaves 0.
-FASTICL_DEVICE int arrive(unsigned long long* word) {
-  unsigned long long seen = kCounts;
-  for (;;) {
-    const unsigned long long before = (seen & ~0xffull) == kCounts ? seen : kCounts;
-    const unsigned long long found = atomicCAS(word, seen, before + 1);
-    if (found == seen) return static_cast<int>(before & 0xff) + 1;
-    seen = found;
-  }
 }
 
 // What a warp has under way: rows of values to its ring and mask words beside them, one group of copies for a chunk.
@@ -240,17 +225,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 2)  // at most 12 warps fit: 1
   float* const partial =
       reinterpret_cast<float*>(counts + p.strips * p.token_tiles) + static_cast<int64_t>(shared_by) * p.blocks * kSums;
   for (int i = threadIdx.x; i < kSums; i += blockDim.x) partial[block * kSums + i] = add_warps(i);
-  // Writes of all threads, barrier, fence, count; count, fence, barrier, reads of all threads: whoever counts last
-  // reads what the others wrote before they counted.
-  __syncthreads();
-  bool is_last = false;
-  if (threadIdx.x == 0) {
-    __threadfence();
-    is_last = arrive(counts + shared_by) == p.blocks;
-    __threadfence();
-    if (is_last) counts[shared_by] = kCounts;  // for the next replay of a CUDA graph
-  }
-  if (!__syncthreads_or(is_last)) return;
+  if (!comes_last(counts + shared_by, p.blocks)) return;
   for (int i = threadIdx.x; i < kSums; i += blockDim.x) {
     float sum = 0.0f;
     for (int b = 0; b < p.blocks; ++b) sum += partial[b * kSums + i];

@@ -20,6 +20,7 @@ namespace fasticl {
 #ifdef __CUDACC__
 
 #define FASTICL_DEVICE __device__ __forceinline__
+#define FASTICL_CONSTEXPR __host__ __device__ constexpr
 
 // `name` is the block's dynamic shared memory; more than 48 KiB is asked for by launch().
 #define FASTICL_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
@@ -42,6 +43,11 @@ FASTICL_DEVICE uint32_t shift_right_wrap(uint32_t low, uint32_t high, uint32_t s
 FASTICL_DEVICE uint32_t shift_right_clamp(uint32_t low, uint32_t high, uint32_t shift) {
   return __funnelshift_rc(low, high, shift);
 }
+
+// ---- lanes ------------------------------------------------------------------------------------------------------
+
+// What the lane whose index differs by these bits gives; all lanes of the warp take part.
+FASTICL_DEVICE float shuffle_xor(float v, int bits) { return __shfl_xor_sync(0xffffffffu, v, bits); }
 
 // ---- copies from global to shared memory that pass by the registers -----------------------------------------
 
@@ -192,6 +198,38 @@ void launch(const char* what, void (*kernel)(Parameters...), int64_t blocks, int
 }
 
 #endif
+
+// ---- blocks that meet ---------------------------------------------------------------------------------------
+
+// Bits 8 to 63 of a word that counts; chosen at random, so that no other data are taken for them (once in 2^56).
+constexpr unsigned long long kCounts = 0x9d3f'71c6'e8a2'5b00;
+
+// How many threads have come to the word, this one included. It counts from 0 whatever it held, as long as that was no
+// count: the last to come leaves 0.
+FASTICL_DEVICE int arrive(unsigned long long* word) {
+  unsigned long long seen = kCounts;
+  for (;;) {
+    const unsigned long long before = (seen & ~0xffull) == kCounts ? seen : kCounts;
+    const unsigned long long found = atomicCAS(word, seen, before + 1);
+    if (found == seen) return static_cast<int>(before & 0xff) + 1;
+    seen = found;
+  }
+}
+
+// Whether this block is the last of `blocks` to come to the word, whatever it held before, once in a launch: it reads
+// what the others wrote before they came. Called by all threads.
+FASTICL_DEVICE bool comes_last(unsigned long long* word, int blocks) {
+  // Writes of all threads, barrier, fence, count; count, fence, barrier, reads of all threads.
+  __syncthreads();
+  bool is_last = false;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    is_last = arrive(word) == blocks;
+    __threadfence();
+    if (is_last) *word = kCounts;  // for the next replay of a CUDA graph
+  }
+  return __syncthreads_or(is_last);
+}
 
 // ---- activations --------------------------------------------------------------------------------------------
 

@@ -39,11 +39,12 @@ DTYPES = (torch.bfloat16, torch.float16)
 GROUP, CLASSES, LANES = 4, 8, 32  # rows; columns of different remainders, each a lane's; lanes
 ENTRIES, STEP_BITS = 6, 5  # of a record of a lane; of an entry
 MAX_STEP = 2**STEP_BITS - 1
-EIGHT_BYTES = 128  # of shared memory for x: eight columns, 16 bytes each, in as many copies as fit
+EIGHT_BYTES = 128  # of shared memory for eight columns of x
+MAX_TOKENS = 8  # that the kernel takes
 MAX_WARPS, MAX_SHARES = 16, 32  # warps a block, shares of K
 WARPS = 6  # that a multiprocessor should have: 24 KiB under way, 0.7 us of its share of 4.3 TB/s
 MIN_SHARE = 128  # eights of columns: shorter lists differ too much in length
-MAX_DENSITY = 0.25  # from which on the lane stream is faster for any number of tokens: csrc/sliced_linear_cuda.cu
+MAX_DENSITY = 0.25  # from which on the lane stream is faster, computed: csrc/sliced_linear_cuda.cu
 MAX_EIGHTS = 2**31  # of columns, in all rows: records are counted in int32
 _SLAB = 1 << 20  # positions that are packed at a time: memory is bounded
 

@@ -122,6 +122,40 @@ def test_machine_code_of_nm_linear(architecture: str, tmp_path: Path) -> None:
         assert not [text for at, text in instructions if begin < at < end and re.search(r"\bLDG\.", text)], name
 
 
+@needs_nvcc
+@needs_cuobjdump
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_machine_code_of_sliced_linear(architecture: str, tmp_path: Path) -> None:
+    """No registers spilled, one read of x an entry, and about as many instructions as its header says."""
+    cubin, said = compile_kernels("sliced_linear", architecture, tmp_path)
+    registers = [int(count) for count in re.findall(r"Used (\d+) registers", said)]
+    kernels = kernels_of(cubin)
+    assert len(registers) == len(kernels) == 8  # two dtypes, four widths of tokens
+    assert max(registers) <= 128  # of 16 warps, which a block has
+    for name, instructions in kernels.items():
+        tokens = int(re.search(r"Li(\d)E", name)[1])
+        ahead, width = (4 if tokens == 8 else 8), {1: "", 2: ".64", 4: ".64", 8: ".128"}[tokens]
+        texts = [text for _, text in instructions]
+        assert not [text for text in texts if re.search(r"\b(LDL|STL)\b", text)], f"{name}: local memory"
+        reads = [at for at, text in enumerate(texts) if re.search(r"\bLDS\b", text)]
+        assert len(reads) == 6 * ahead, name
+        assert all(re.search(rf"LDS{re.escape(width)} ", texts[at]) for at in reads), name
+        # From the first read of a record to that of the last one.
+        count = (reads[-6] - reads[0]) / (6 * (ahead - 1))
+        assert count <= {1: 8, 2: 9, 4: 15, 8: 24}[tokens], f"{name}: {count:.2f} instructions an entry"
+        # Records come by 16 bytes a lane: those under way at the start, and one after each that was multiplied, which
+        # nothing waits for until the registers are needed.
+        loads = [at for at, text in enumerate(texts) if "LDG.E.128" in text]
+        assert len(loads) == 2 * ahead, name
+        for at in loads[ahead:]:
+            register = int(re.search(r"LDG\.E\.128\S* R(\d+)", texts[at])[1])
+            following = texts[at + 1 : min([read for read in reads if read > at + 12], default=at + 12)]
+            held = "|".join(f"R{register + i}" for i in range(4))
+            assert not [text for text in following if re.search(rf", ({held})\b", text)], (
+                f"{name}: waits for {texts[at]}"
+            )
+
+
 def test_the_module_needs_no_driver() -> None:
     """It imports and, without a GPU, says at a launch what is missing."""
     cuda = pytest.importorskip("fasticl._C_cuda")
@@ -131,6 +165,8 @@ def test_the_module_needs_no_driver() -> None:
             cuda.bitmap_linear(0, 1, 64, 0, 0, 0, 0, 1, 64, 1, 1, 4, 0, 0, 0, 0, 64, 1, 0, 0)
         with pytest.raises(RuntimeError, match=r"nm_linear: .*needs an NVIDIA GPU and a driver for CUDA \d+\.\d"):
             cuda.nm_linear(0, 1, 64, 0, 1, 64, 0, 0, 0, 64, 1, 0, 0)
+        with pytest.raises(RuntimeError, match=r"sliced_linear: .*needs an NVIDIA GPU and a driver for CUDA \d+\.\d"):
+            cuda.sliced_linear(0, 1, 64, 0, 0, 0, 1, 64, 1, 1, 1, 0, 0, 0, 0, 64, 1, 0, 0)
 
 
 @needs_cuobjdump

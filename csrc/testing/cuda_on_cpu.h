@@ -30,6 +30,7 @@
 #endif
 
 #define FASTICL_DEVICE inline
+#define FASTICL_CONSTEXPR constexpr
 #define FASTICL_SHARED(name) unsigned char* const name = ::fasticl::cuda_on_cpu::block->shared.get()
 #define __global__
 #define __launch_bounds__(...)
@@ -341,6 +342,11 @@ void multiply_sparse(const std::vector<void*>& lanes, int selector, T type) {
   }
 }
 
+struct Shuffled {
+  float given, got;
+  int bits;
+};
+
 struct MatrixRow {
   uint32_t* words;
   const void* row;
@@ -383,6 +389,18 @@ inline unsigned long long atomicCAS(unsigned long long* word, unsigned long long
 }
 
 inline int __popc(uint32_t v) { return __builtin_popcount(v); }
+
+inline float shuffle_xor(float v, int bits) {
+  using cuda_on_cpu::Shuffled;
+  Shuffled own{v, v, bits};
+  cuda_on_cpu::meet_warp("shfl", &own, [](const auto& lanes) {
+    for (int lane = 0; lane < cuda_on_cpu::kWarp; ++lane) {
+      auto& to = *static_cast<Shuffled*>(lanes[lane]);
+      to.got = static_cast<const Shuffled*>(lanes[lane ^ to.bits])->given;
+    }
+  });
+  return own.got;
+}
 
 inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t both = static_cast<uint64_t>(b) << 32 | a;

@@ -1,0 +1,277 @@
+"""The CUDA kernel of sliced_linear, executed on the CPU; and, where a GPU is present, compiled, by the same tests."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from helpers import assert_close_to_truth, guarded
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from linear_cases import ACTIVATIONS, dense, double
+from torch import Tensor
+
+import fasticl
+from fasticl import gather_layout
+from fasticl.gather_layout import GatherLayout, to_gather
+from fasticl.ops import _registry as registry
+from fasticl.testing import cuda_on_cpu
+
+DTYPES = gather_layout.DTYPES
+CSRC = Path(__file__).parents[1] / "csrc"  # also where the package that is tested is a copy elsewhere
+TENSORS = ("records", "starts", "row_order")
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+WIDTHS = (1, 2, 3, 4, 5, 8)  # tokens: each kernel full, and those of 4 and 8 not
+# (N, K), plan, and why
+SHAPES = {
+    "one_row": (1, 100, (1, 1, 1)),
+    "one_column": (70, 1, (1, 2, 4)),
+    "a_group_a_warp": (32, 128, (1, 2, 4)),
+    "n_and_k_of_no_multiple": (33, 75, (1, 3, 2)),
+    "several_groups_a_warp": (90, 203, (1, 2, 3)),
+    "more_warps_than_groups": (9, 64, (1, 2, 16)),
+    "shares_of_unequal_length": (50, 203, (3, 2, 3)),
+    "more_shares_than_eights": (20, 30, (6, 1, 2)),
+    "more_blocks_than_groups": (7, 200, (2, 5, 1)),
+    "many_records": (5, 3001, (1, 1, 2)),
+}
+
+
+@pytest.fixture(params=DEVICES)
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    if request.param == "cuda":
+        from fasticl import _C_cuda
+
+        return Kernels(_C_cuda, "cuda")
+    return Kernels(cuda_on_cpu.load(CSRC), "cpu")
+
+
+class Kernels:
+    """The module with the kernels, and the device on which it takes tensors."""
+
+    def __init__(self, module: ModuleType, device: str) -> None:
+        self.module, self.device = module, device
+        self.set_seed(0)
+
+    def set_seed(self, seed: int) -> None:
+        """Another order of threads and blocks; a GPU has its own."""
+        if self.device == "cpu":
+            self.module.set_seed(seed)
+
+    def __call__(
+        self, x: Tensor, layout: GatherLayout, y: Tensor, bias: Tensor | None = None, activation: str | None = None,
+        workspace: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """``y = act(x W^T + bias)`` on matrices that may have row strides."""
+        M, K = x.shape
+        stream = torch.cuda.current_stream().cuda_stream if self.device == "cuda" else 0
+        workspace = self.workspace(M, layout) if workspace is None else workspace
+        self.module.sliced_linear(
+            x.data_ptr(), M, x.stride(0), layout.records.data_ptr(), layout.starts.data_ptr(),
+            layout.row_order.data_ptr(), len(layout.row_order) // 4, K, *layout.plan, workspace.data_ptr(),
+            registry.address(bias), registry.ACTIVATIONS[activation], y.data_ptr(), y.stride(0),
+            registry.DTYPES[x.dtype], 0, stream,
+        )  # fmt: skip
+
+    def workspace(self, M: int, layout: GatherLayout) -> Tensor:
+        """Of random bytes."""
+        size = self.module.sliced_linear_workspace(M, len(layout.row_order) // 4, layout.shares, layout.blocks)
+        return torch.randint(256, (size,), dtype=torch.uint8).to(self.device)
+
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None,
+        plan: tuple[int, int, int] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The product of CPU tensors, into an output that held NaN."""
+        x, bias = x.to(self.device), None if bias is None else bias.to(self.device)
+        layout = to_gather(fasticl.pack(weight, "bitmap").to(self.device), plan)
+        y = torch.full((len(x), len(weight)), float("nan"), dtype=x.dtype, device=self.device)
+        self(x, layout, y, bias, activation)
+        return y.cpu()
+
+    def assert_as_dense(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None,
+        plan: tuple[int, int, int] | None = (1, 2, 3),
+    ) -> None:  # fmt: skip
+        assert_close_to_truth(
+            self.linear(x, weight, bias, activation, plan),
+            dense(x.double(), weight.double(), double(bias), activation),
+            dense(x, weight, bias, activation),
+        )
+
+
+def pruned(N: int, K: int, density: float, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(N, K).to(dtype).masked_fill(torch.rand(N, K) >= density, 0.0)
+
+
+# ---- parity with the float64 truth ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(kernels: Kernels, shape: str, dtype: torch.dtype) -> None:
+    N, K, plan = SHAPES[shape]
+    weight, bias = pruned(N, K, 0.2, dtype), torch.randn(N).to(dtype)
+    for M in WIDTHS:
+        kernels.assert_as_dense(torch.randn(M, K).to(dtype), weight, bias, plan=plan)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.01, 0.1, 0.2, 0.5, 1.0])
+def test_densities(kernels: Kernels, density: float) -> None:
+    """Lists from empty to full, and with gaps that no step has."""
+    for dtype, M in itertools.product(DTYPES, (1, 2, 4, 7)):
+        kernels.assert_as_dense(torch.randn(M, 700).to(dtype), pruned(30, 700, density, dtype))
+
+
+def test_rows_of_very_different_length(kernels: Kernels) -> None:
+    """Empty ones and dense ones, by rows and by columns: lanes of a warp end at different records."""
+    for by_rows in (True, False):
+        N, K = 45, 900
+        chance = torch.rand(N, 1) ** 4 if by_rows else (torch.arange(K) % 8 == 3).float() * 0.7
+        keep = torch.rand(N, K) < chance
+        keep[:3] = False
+        kernels.assert_as_dense(torch.randn(4, K).bfloat16(), torch.randn(N, K).bfloat16().masked_fill(~keep, 0.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_bias_and_activation(kernels: Kernels, activation: str | None, dtype: torch.dtype) -> None:
+    weight, bias, x = pruned(37, 90, 0.3, dtype), torch.randn(37).to(dtype), torch.randn(3, 90).to(dtype)
+    for given_bias, plan in itertools.product((bias, None), ((1, 2, 3), (2, 2, 3))):
+        kernels.assert_as_dense(x, weight, given_bias, activation, plan)
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_any_shape_and_mask(data: st.DataObject) -> None:
+    kernels = Kernels(cuda_on_cpu.load(CSRC), "cpu")
+    N, M, K = (data.draw(st.integers(0, most), name) for most, name in ((50, "N"), (8, "M"), (600, "K")))
+    plan, dtype = data.draw(st.tuples(*[st.integers(1, 4)] * 3), "plan"), data.draw(st.sampled_from(DTYPES), "dtype")
+    kinds = st.sampled_from([0.0, 0.01, 0.1, 0.5, 1.0])
+    rows = torch.tensor(data.draw(st.lists(kinds, min_size=N, max_size=N), "rows")).view(N, 1)
+    weight = torch.randn(N, K).to(dtype).masked_fill(torch.rand(N, K) >= rows, 0.0)
+    bias = torch.randn(N).to(dtype) if data.draw(st.booleans(), "bias") else None
+    activation = data.draw(st.sampled_from(ACTIVATIONS), "activation")
+    kernels.set_seed(data.draw(st.integers(0, 1000), "order of threads"))
+    kernels.assert_as_dense(torch.randn(M, K).to(dtype), weight, bias, activation, plan)
+
+
+# ---- what is read, written and repeated -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("M", [1, 2, 4, 8])
+def test_no_order_of_blocks_and_threads_changes_a_bit(M: int) -> None:
+    kernels = Kernels(cuda_on_cpu.load(CSRC), "cpu")
+    weight, x = pruned(40, 300, 0.2), torch.randn(M, 300).bfloat16()
+    for plan in ((1, 2, 3), (3, 2, 2)):
+        results = []
+        for seed in range(12):
+            kernels.set_seed(seed)
+            results.append(kernels.linear(x, weight, None, "gelu", plan))
+        assert not results[0].isnan().any()
+        assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("kind", ["random", "zeros", "ones", "nan"])
+def test_what_the_workspace_held_does_not_matter(kernels: Kernels, kind: str) -> None:
+    """And a launch leaves it as the next one, a replay of a CUDA graph, can take it."""
+    weight, x = pruned(40, 300, 0.2), torch.randn(5, 300).bfloat16().to(kernels.device)
+    layout = to_gather(fasticl.pack(weight, "bitmap").to(kernels.device), (4, 3, 2))
+    workspace = kernels.workspace(5, layout)
+    if kind != "random":
+        held = {"zeros": 0.0, "ones": torch.tensor(-1, dtype=torch.int32).view(torch.float32), "nan": float("nan")}
+        workspace.view(torch.float32).fill_(held[kind])
+    results = []
+    for seed in range(3):
+        kernels.set_seed(seed)
+        y = torch.full((5, 40), float("nan"), dtype=x.dtype, device=kernels.device)
+        kernels(x, layout, y, workspace=workspace)
+        results.append(y)
+    x = x.cpu()
+    assert_close_to_truth(results[0].cpu(), dense(x.double(), weight.double()), dense(x, weight))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_one_share_takes_no_workspace(kernels: Kernels) -> None:
+    for M, groups, shares, blocks, expected in [
+        (8, 5, 1, 3, 0),
+        (0, 5, 2, 3, 0),
+        (1, 5, 2, 3, 3 * 8 + 2 * 5 * 4 * 4),
+        (3, 5, 2, 3, 3 * 8 + 2 * 5 * 4 * 4 * 4),
+        (5, 7, 4, 2, 2 * 8 + 4 * 7 * 4 * 8 * 4),
+    ]:
+        assert kernels.module.sliced_linear_workspace(M, groups, shares, blocks) == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shift", [0, 1])
+def test_nothing_outside_is_read_or_written(shift: int, dtype: torch.dtype) -> None:
+    """Between guard bytes, with gaps of NaN between the rows of x and y, aligned and off by one element."""
+    kernels = Kernels(cuda_on_cpu.load(CSRC), "cpu")
+    N, K, gap = 37, 165, 3
+    weight, bias, checks = pruned(N, K, 0.2, dtype), torch.randn(N).to(dtype), []
+
+    def guard(tensor: Tensor, shift: int = 0) -> Tensor:
+        copy, check = guarded(tensor, shift=shift)
+        checks.append(check)
+        return copy
+
+    layout = to_gather(fasticl.pack(weight, "bitmap"), (1 + shift, 2, 3))
+    layout = replace(layout, **{name: guard(getattr(layout, name)) for name in TENSORS})
+    guarded_bias = guard(bias, shift)
+    for M in WIDTHS:
+        nan = torch.full((M, K + gap), float("nan"), dtype=dtype)
+        x, y = guard(nan, shift), guard(nan[:, : N + gap], shift)
+        x[:, :K] = torch.randn(M, K)
+        kernels(x[:, :K], layout, y[:, :N], guarded_bias, "relu", guard(kernels.workspace(M, layout)))
+        truth = dense(x[:, :K].double(), weight.double(), bias.double(), "relu")
+        assert_close_to_truth(y[:, :N], truth, dense(x[:, :K], weight, bias, "relu"))
+        assert y[:, N:].isnan().all(), "a write between the rows of y"
+    for check in checks:
+        check()
+
+
+@pytest.mark.parametrize(("stride", "offset"), [(130, 0), (131, 0), (136, 1), (0, 0), (1, 0)])
+def test_any_row_stride_and_alignment(kernels: Kernels, stride: int, offset: int) -> None:
+    buffer = torch.randn(8 * 136 + 200).bfloat16()
+    weight = pruned(16, 127, 0.3)
+    layout = to_gather(fasticl.pack(weight, "bitmap").to(kernels.device), (1, 1, 2))
+    for M in WIDTHS:
+        x = buffer.as_strided((M, 127), (stride, 1), offset)
+        y = torch.full((M, 16), float("nan"), dtype=x.dtype, device=kernels.device)
+        kernels(buffer.to(kernels.device).as_strided((M, 127), (stride, 1), offset), layout, y)
+        assert_close_to_truth(y.cpu(), dense(x.double(), weight.double()), dense(x, weight))
+
+
+def test_negative_zeros_and_nan_are_weights(kernels: Kernels) -> None:
+    """Of a position that is not stored x may be infinite: nothing is multiplied there unless it fills a list up."""
+    weight, x = pruned(20, 80, 0.5), torch.randn(2, 80).bfloat16()
+    weight[3, 7], weight[4, 8], weight[:, 5], weight[6, 5] = -0.0, float("nan"), 0.0, 2.0
+    x[1, 7], x[0, 5] = float("inf"), float("-inf")
+    y = kernels.linear(x, weight, None, None)
+    assert y[1, 3].isnan(), "infinity times a zero that is stored"
+    assert y[:, 4].isnan().all()
+    assert y[0, 6] == float("-inf")
+    stored = weight.view(torch.int16) != 0
+    meets = (x.isfinite().logical_not()[:, None] & stored).any(-1)
+    assert not (y.isfinite() & meets).any()
+    finite = ~meets & y.isfinite()
+    assert finite[0, weight[:, 5].view(torch.int16) == 0].any(), "what is stored nowhere in a row is mostly skipped"
+    expected = dense(x.nan_to_num(posinf=0.0, neginf=0.0), weight)
+    torch.testing.assert_close(y[finite], expected[finite], rtol=0.02, atol=0.02)
+
+
+def test_too_many_tokens_are_refused(kernels: Kernels) -> None:
+    layout = to_gather(fasticl.pack(pruned(8, 16, 0.2), "bitmap").to(kernels.device))
+    x = torch.randn(9, 16, device=kernels.device).bfloat16()
+    with pytest.raises(ValueError, match="sliced_linear: expected at most 8 tokens, got 9"):
+        kernels(x, layout, x.new_empty(9, 8), workspace=x)
+
+
+def test_the_layout_has_the_kernels_numbers() -> None:
+    numbers = cuda_on_cpu.load(CSRC).gather_layout
+    assert {name: getattr(gather_layout, name) for name in numbers} == numbers
