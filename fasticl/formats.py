@@ -9,8 +9,9 @@ The *portable* form is a bitmask and the stored values by rows, the tensors of c
 
 On the CPU the row kernels run on this form as it is: it streams a row's values once and needs a bit per position,
 ``4 d + 1/8`` bytes for float32 at density ``d``, and one copy serves one token and a thousand. On a GPU a bitmap weight
-is held in the order of its kernel too, ``PackedWeight.lanes`` (fasticl/lane_stream.py), and a 2:4 weight in that of the
-sparse tensor cores, ``PackedWeight.fragments`` (fasticl/sparse_fragments.py). Formats:
+is held in the order of its kernel too, ``PackedWeight.lanes`` (fasticl/lane_stream.py), a bitmap or sliced weight of
+density below 1/4 as lists for up to eight tokens, ``PackedWeight.gather`` (fasticl/gather_layout.py), and a 2:4 weight
+in the order of the sparse tensor cores, ``PackedWeight.fragments`` (fasticl/sparse_fragments.py). Formats:
 
     bitmap   any zeros
     nm       exactly n values in every m consecutive columns; zeros are stored where a group has fewer
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from fasticl import _C
 from fasticl.bits import count_bits, expand_bits, pack_bits, true_positions
+from fasticl.gather_layout import GatherLayout, derive_gather, to_gather
 from fasticl.lane_stream import LaneStream, derive_lanes, to_lanes
 from fasticl.sparse_fragments import derive_fragments, to_fragments
 
@@ -85,6 +87,7 @@ class PackedWeight:
     lanes: LaneStream | None = None  # the CUDA kernel's layout: fasticl/lane_stream.py
     scales: Tensor | None = None  # of int8 values
     fragments: Tensor | None = None  # the CUDA kernel's layout of 2:4: fasticl/sparse_fragments.py
+    gather: GatherLayout | None = None  # the CUDA kernel's layout of few values: fasticl/gather_layout.py
 
     @property
     def dtype(self) -> torch.dtype:
@@ -108,6 +111,8 @@ class PackedWeight:
     @property
     def bytes_read(self) -> int:
         """What one product with one token reads of the weight, in bytes: the numerator of the roofline."""
+        if self.gather is not None:
+            return _bytes(self.gather.tensors)
         if self.lanes is not None:
             return _bytes(self.lanes.tensors)
         if self.fragments is not None:
@@ -127,6 +132,7 @@ class PackedWeight:
         own = [self.values, self.scales, self.bitmask, self.row_offsets, self.rows, self.columns, self.fragments]
         derived = list(vars(self.sliced).values()) if self.sliced is not None else []
         derived += self.lanes.tensors if self.lanes is not None else []
+        derived += self.gather.tensors if self.gather is not None else []
         return [t for t in own + derived if t is not None]
 
     def __repr__(self) -> str:
@@ -172,7 +178,7 @@ class PackedWeight:
             return {name: t.to(device) if isinstance(t, Tensor) else t for name, t in fields.items()}
 
         sliced = None if self.sliced is None else SlicedLayout(**moved(vars(self.sliced)))
-        portable = {**vars(self), "sliced": sliced, "lanes": None, "fragments": None}
+        portable = {**vars(self), "sliced": sliced, "lanes": None, "fragments": None, "gather": None}
         return _with_device_layout(PackedWeight(**moved(portable)))
 
     def index_select(self, dim: int, index: Tensor) -> PackedWeight:
@@ -249,6 +255,9 @@ class PackedWeight:
             self._validate_derived(
                 "lanes.", vars(self.lanes), vars(to_lanes(self, self.lanes.splits, self.lanes.blocks))
             )
+        if self.gather is not None:
+            rebuilt = to_gather(self, (self.gather.shares, self.gather.blocks, self.gather.warps))
+            self._validate_derived("gather.", vars(self.gather), vars(rebuilt))
         if self.fragments is not None:
             self._validate_derived("", {"fragments": self.fragments}, {"fragments": to_fragments(self)})
         return self
@@ -426,7 +435,8 @@ def from_portable(
     if format == "nm":
         return _with_device_layout(dataclasses.replace(packed, format=format, pattern=pattern).validate())
     if format == "sliced":
-        return dataclasses.replace(packed, format=format, sliced=_slice(values, bitmask, row_offsets, K))
+        sliced = _slice(values, bitmask, row_offsets, K)
+        return _with_device_layout(dataclasses.replace(packed, format=format, sliced=sliced))
     return _with_device_layout(packed)
 
 
@@ -525,9 +535,20 @@ def _slice(values: Tensor, bitmask: Tensor, row_offsets: Tensor, K: int) -> Slic
     return SlicedLayout(*(t.to(device) for t in (sliced_values, steps, offsets, order)))
 
 
+def device_layouts(lanes: LaneStream | None, gather: GatherLayout | None) -> dict[str, Any]:
+    """What bitmap_linear and sliced_linear take for the CUDA kernels, by the names of their schemas."""
+    arguments: dict[str, Any] = {}
+    if lanes is not None:
+        arguments.update(lanes=lanes.tensors, plan=lanes.plan)
+    if gather is not None:
+        arguments.update(gather=gather.tensors, gather_plan=gather.plan)
+    return arguments
+
+
 def _with_device_layout(packed: PackedWeight) -> PackedWeight:
     """The weight with the layout that its device's kernel takes, if there is one."""
-    return dataclasses.replace(packed, lanes=derive_lanes(packed), fragments=derive_fragments(packed))
+    lanes, fragments, gather = derive_lanes(packed), derive_fragments(packed), derive_gather(packed)
+    return dataclasses.replace(packed, lanes=lanes, fragments=fragments, gather=gather)
 
 
 def _as_integers(t: Tensor) -> Tensor:

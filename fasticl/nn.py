@@ -11,6 +11,7 @@ from torch.nn.utils import prune
 
 from fasticl import formats, ops
 from fasticl.formats import PackedWeight, SlicedLayout
+from fasticl.gather_layout import GatherLayout, derive_gather
 from fasticl.icl.model import FusedICLTransformer, ICLTransformer
 from fasticl.lane_stream import LaneStream, derive_lanes
 from fasticl.layers import is_linear
@@ -99,6 +100,7 @@ class SparseLinear(nn.Module):
     bias: nn.Parameter | None
     _lanes: LaneStream | None
     _fragments: Tensor | None
+    _gather: GatherLayout | None
 
     def __init__(self, packed: PackedWeight, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -140,7 +142,7 @@ class SparseLinear(nn.Module):
         layout = (None,) * len(_DERIVED) if packed.sliced is None else tuple(vars(packed.sliced).values())
         for name, tensor in zip(_DERIVED, layout, strict=True):
             self.register_buffer(name, tensor, persistent=False)
-        self._lanes, self._fragments = packed.lanes, packed.fragments
+        self._lanes, self._fragments, self._gather = packed.lanes, packed.fragments, packed.gather
 
     @property
     def packed(self) -> PackedWeight:
@@ -151,15 +153,16 @@ class SparseLinear(nn.Module):
         return PackedWeight(
             self.format, (self.out_features, self.in_features), self.values, self.bitmask, self.row_offsets,
             self.pattern, self.rows, self.columns, sliced, self._lanes, self.scales,
-            self._fragments,
+            self._fragments, self._gather,
         )  # fmt: skip
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
         """Moves or casts the tensors, and derives the CUDA kernel's layout from them anew where they then are."""
-        self._lanes = self._fragments = None
+        self._lanes = self._fragments = self._gather = None
         super()._apply(fn, recurse)
         portable = self.packed
         self._lanes, self._fragments = derive_lanes(portable), derive_fragments(portable)
+        self._gather = derive_gather(portable)
         return self
 
     def to_dense(self) -> nn.Linear:
@@ -178,8 +181,9 @@ class SparseLinear(nn.Module):
         if _fits(x, self.in_features, typed, bias) and not needs_grad(x, bias):
             if scales is not None:
                 return _OPS[self.format](x, *operands, bias, None, scales=scales)
-            if self._lanes is not None:
-                return _OPS[self.format](x, *operands, bias, None, self._lanes.tensors, self._lanes.plan)
+            if self._lanes is not None or self._gather is not None:
+                layouts = formats.device_layouts(self._lanes, self._gather)
+                return _OPS[self.format](x, *operands, bias, None, **layouts)
             if self._fragments is not None:
                 return _OPS[self.format](x, *operands, bias, None, None, self._fragments)
             return _OPS[self.format](x, *operands, bias, None)

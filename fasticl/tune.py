@@ -164,16 +164,19 @@ def search(problem: Problem, time: Timer = time_in_graphs) -> dict[str, Any]:
     implementations = space.pop("implementation", ())
     if not (has_cuda_kernel and problem.dtype in lane_stream.DTYPES):
         implementations = ()
-    # The settings are those of the last implementation, which is tried at its best; the first is the default.
+    # The settings are those of the last implementation, which is tried at its best; the first is the default, and those
+    # between have none.
     best: dict[str, Any] = {"implementation": implementations[-1]} if implementations else {}
     if agrees(best):
         for name, values in space.items():
             tried = [best, *(c for value in values if agrees(c := {**best, name: value}))]
             ms = time(problem, calls, tried)
             best = dict(tried[ms.index(min(ms))])
-    finalists: list[Config] = [{}, best] if best and agrees(best) else [{}]
+    others: list[Config] = [*({"implementation": name} for name in implementations[1:-1]), best]
+    finalists: list[Config] = [{}, *(config for config in others if config and agrees(config))]
     ms = time(problem, calls, finalists)
-    chosen = len(ms) - 1 if ms[-1] * (1 + MARGIN) <= ms[0] else 0
+    chosen = ms.index(min(ms))
+    chosen = chosen if ms[chosen] * (1 + MARGIN) <= ms[0] else 0
     config = dict(finalists[chosen])
     if implementations and not config:
         config["implementation"] = implementations[0]

@@ -67,7 +67,8 @@ def launch(
     x = matrix(x)
     M = x.shape[0]
     block_m = block(M, 1, MAX_TOKENS)
-    found = tuned.lookup("sliced_linear", x, N, K, M, values.numel() / max(1, N * K))
+    found = {**tuned.lookup("sliced_linear", x, N, K, M, values.numel() / max(1, N * K))}
+    found.pop("implementation", None)
     sliced_kernel[(slice_offsets.shape[0] - 1,)](
         x, sliced_values, steps.view(torch.int16), slice_offsets, row_order,
         None if bias is None else bias.contiguous(), y, M, N, x.stride(0),

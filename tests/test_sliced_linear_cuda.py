@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +19,10 @@ from linear_cases import ACTIVATIONS, dense, double
 from torch import Tensor
 
 import fasticl
-from fasticl import gather_layout
-from fasticl.gather_layout import GatherLayout, to_gather
+from fasticl import gather_layout, tuned
+from fasticl.formats import PackedWeight, device_layouts
+from fasticl.gather_layout import GatherLayout, derive_gather, to_gather
+from fasticl.lane_stream import derive_lanes, to_lanes
 from fasticl.ops import _registry as registry
 from fasticl.testing import cuda_on_cpu
 
@@ -270,6 +275,220 @@ def test_too_many_tokens_are_refused(kernels: Kernels) -> None:
     x = torch.randn(9, 16, device=kernels.device).bfloat16()
     with pytest.raises(ValueError, match="sliced_linear: expected at most 8 tokens, got 9"):
         kernels(x, layout, x.new_empty(9, 8), workspace=x)
+
+
+# ---- behind the ops -------------------------------------------------------------------------------------------------
+
+
+class Op:
+    """What the dispatcher calls for CUDA tensors, on CPU tensors: with the module that runs there, and no stream.
+
+    ``ran`` is what it ran of others: Triton, or the kernel of the lane stream.
+    """
+
+    def __init__(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        bitmap = importlib.import_module("fasticl.ops.bitmap_linear")
+        module = importlib.import_module(f"fasticl.ops.{name}")
+        loaded, self.name, self.ran = cuda_on_cpu.load(CSRC), name, []
+        self.cuda = module.cuda
+
+        def recorded(what: str, run: Callable[..., object]) -> Callable[..., object]:
+            return lambda *arguments: (self.ran.append(what), run(*arguments))[1]
+
+        kernels = {
+            "bitmap_linear": recorded("lane stream", loaded.bitmap_linear),
+            "sliced_linear": recorded("gather", loaded.sliced_linear),
+            "bitmap_linear_workspace": loaded.bitmap_linear_workspace,
+            "sliced_linear_workspace": loaded.sliced_linear_workspace,
+        }
+        monkeypatch.setattr(bitmap, "_C_cuda", SimpleNamespace(**kernels))
+        monkeypatch.setattr(registry, "cuda_stream", lambda x: (0, 0))
+        monkeypatch.setattr(module, "_triton", recorded("Triton", module.reference))
+
+    def __call__(
+        self, x: Tensor, packed: PackedWeight, bias: Tensor | None = None, activation: str | None = None,
+        gather: GatherLayout | None = None,
+    ) -> Tensor:  # fmt: skip
+        """With every layout that a GPU's weight has; ``gather`` takes the place of its own."""
+        operands = [packed.values, packed.bitmask, packed.row_offsets]
+        lanes = to_lanes(packed) if self.name == "bitmap_linear" else None
+        if packed.sliced is not None:
+            operands += vars(packed.sliced).values()
+        layouts = device_layouts(lanes, gather or to_gather(packed))
+        self.ran.clear()
+        return self.cuda(x, *operands, bias, activation, **layouts)
+
+
+@pytest.fixture(params=["bitmap_linear", "sliced_linear"])
+def op(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Op:
+    return Op(request.param, monkeypatch)
+
+
+def pack(op: Op, weight: Tensor) -> PackedWeight:
+    return fasticl.pack(weight, op.name.removesuffix("_linear"))
+
+
+def test_the_ops_take_any_x(op: Op) -> None:
+    """Batch dimensions, strides, no tokens, a strided bias; a workspace and none."""
+    weight, bias = pruned(20, 70, 0.15), torch.randn(20, 2).bfloat16()[:, 0]
+    packed = pack(op, weight)
+    layouts = {
+        "one": torch.randn(70),
+        "batches": torch.randn(2, 3, 70),
+        "transposed": torch.randn(70, 4).T,
+        "every second column": torch.randn(3, 140)[:, ::2],
+        "every second row": torch.randn(6, 70)[::2],
+        "no tokens": torch.randn(0, 70),
+    }
+    for (name, x), plan in itertools.product(layouts.items(), ((1, 2, 2), (2, 2, 2))):
+        x = x.bfloat16()
+        y = op(x, packed, bias, "silu", to_gather(packed, plan))
+        assert op.ran == ["gather"], name
+        assert y.is_contiguous(), name
+        truth = dense(x.double(), weight.double(), bias.double(), "silu")
+        assert_close_to_truth(y, truth, dense(x, weight, bias, "silu"))
+
+
+def test_the_ops_without_rows_or_columns(op: Op) -> None:
+    for N, K in ((0, 70), (5, 0)):
+        bias = torch.randn(N).half()
+        y = op(torch.randn(3, K).half(), pack(op, torch.zeros(N, K).half()), bias, "relu")
+        assert torch.equal(y, bias.relu().expand(3, N))
+
+
+@pytest.mark.parametrize(
+    ("M", "density", "gathers"),
+    [(1, 0.24, True), (4, 0.24, True), (5, 0.24, False), (5, 0.17, True), (8, 0.0, True), (9, 0.1, False),
+     (1, 0.26, False)],
+)  # fmt: skip
+def test_tokens_and_density_choose_the_kernel(op: Op, M: int, density: float, gathers: bool) -> None:
+    weight = torch.zeros(10, 400).half()
+    weight.view(-1)[torch.randperm(4000)[: round(4000 * density)]] = torch.randn(round(4000 * density)).half()
+    packed, x = pack(op, weight), torch.randn(M, 400).half()
+    y = op(x, packed)
+    other = "lane stream" if op.name == "bitmap_linear" else "Triton"
+    assert op.ran == ["gather" if gathers else other]
+    assert_close_to_truth(y, dense(x.double(), weight.double()), dense(x, weight))
+
+
+def test_a_sliced_weight_under_bitmap_linear_gathers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the layouts it has only these lists: for more tokens Triton computes."""
+    op, weight = Op("bitmap_linear", monkeypatch), pruned(10, 400, 0.1)
+    packed = fasticl.pack(weight, "sliced")
+    for M, runs in ((2, "gather"), (9, "Triton")):
+        x = torch.randn(M, 400).bfloat16()
+        layouts = device_layouts(None, to_gather(packed))
+        op.ran.clear()
+        y = op.cuda(x, packed.values, packed.bitmask, packed.row_offsets, None, None, **layouts)
+        assert op.ran == [runs]
+        assert_close_to_truth(y, dense(x.double(), weight.double()), dense(x, weight))
+
+
+def test_a_table_has_the_last_word(op: Op) -> None:
+    packed, x = pack(op, pruned(10, 400, 0.1)), torch.randn(2, 400).bfloat16()
+    for name in tuned.SPACE[op.name]["implementation"]:
+        with tuned.forced(op.name, {"implementation": name}):
+            op(x, packed)
+            assert op.ran == ["gather" if name == "CUDA C++" else name]
+
+
+def test_the_ops_refuse_by_name(op: Op) -> None:
+    packed = pack(op, pruned(20, 70, 0.1))
+    wrong = replace(to_gather(packed, (2, 1, 1)), shares=1)
+    with pytest.raises(TypeError, match=rf"{op.name}: x: expected dtype bfloat16 or float16 .*, got torch\.float32"):
+        op(torch.randn(1, 70), packed)
+    with pytest.raises(ValueError, match=rf"{op.name}: starts: expected shape \[6\], got \[11\]"):
+        op(torch.randn(1, 70).bfloat16(), packed, gather=wrong)
+
+
+def test_the_schemas_take_the_layout() -> None:
+    """On the CPU it is passed over; fake tensors and the dispatcher take it."""
+    weight, x = pruned(20, 70, 0.1), torch.randn(2, 3, 70).bfloat16()
+    for name in ("bitmap", "sliced"):
+        packed = fasticl.pack(weight, name)
+        held = replace(packed, gather=to_gather(packed))
+        call = getattr(fasticl.ops, f"{name}_linear")
+        assert torch.equal(call(x, held.validate(), None, "relu"), call(x, packed, None, "relu"))
+        layout = () if packed.sliced is None else tuple(vars(packed.sliced).values())
+        arguments = (x, packed.values, packed.bitmask, packed.row_offsets, *layout, None, "relu")
+        function = getattr(torch.ops.fasticl, f"{name}_linear").default
+        torch.library.opcheck(function, arguments, device_layouts(None, held.gather))
+
+
+def test_validate_sees_a_layout_that_is_not_the_weights() -> None:
+    packed = fasticl.pack(pruned(20, 100, 0.2), "bitmap")
+    layout = to_gather(packed)
+    held = replace(packed, gather=layout).validate()
+    assert held.bytes == packed.bytes + held.bytes_read
+    assert held.bytes_read == sum(t.numel() * t.element_size() for t in layout.tensors)
+    for name in TENSORS:
+        wrong = getattr(layout, name).clone()
+        wrong.view(-1)[0] += 1
+        with pytest.raises(ValueError, match=rf"gather\.{name}: expected what the portable form gives"):
+            replace(packed, gather=replace(layout, **{name: wrong})).validate()
+
+
+def test_a_layer_hands_its_layouts_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that it has when it is called, to the op of its format."""
+    from fasticl import nn
+
+    x = torch.randn(2, 100).bfloat16()
+    for name in ("bitmap", "sliced"):
+        packed = fasticl.pack(pruned(20, 100, 0.2), name)
+        layer = nn.SparseLinear(replace(packed, gather=to_gather(packed)))
+        assert layer.packed.gather is layer._gather is not None
+        seen: dict[str, object] = {}
+        monkeypatch.setitem(nn._OPS, name, lambda *arguments, seen=seen, **layouts: seen.update(layouts))
+        layer(x)
+        assert seen == {"gather": layer._gather.tensors, "gather_plan": layer._gather.plan}
+        assert layer.to(torch.float16)._gather is None  # derived anew, which on the CPU is not at all
+
+
+@pytest.mark.parametrize(
+    ("format", "density", "lanes", "gather"),
+    [
+        ("bitmap", 0.2, True, True),
+        ("bitmap", 0.3, True, False),
+        ("sliced", 0.2, False, True),
+        ("nm", 0.5, False, False),
+    ],
+)
+def test_which_weights_of_a_gpu_have_which_layouts(
+    format: str, density: float, lanes: bool, gather: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told by a CPU weight that says it is on a GPU of 100 KiB shared memory."""
+    weight = pruned(20, 100, density) if format != "nm" else torch.ones(20, 100).half() * (torch.arange(100) % 2)
+    packed = fasticl.pack(weight, format)
+    card = SimpleNamespace(major=8, multi_processor_count=3, shared_memory_per_block_optin=100 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(fasticl.PackedWeight, "device", property(lambda self: torch.device("cuda")))
+    for module, derive, expected in (("lane_stream", derive_lanes, lanes), ("gather_layout", derive_gather, gather)):
+        make = {"lane_stream": "to_lanes", "gather_layout": "to_gather"}[module]
+        monkeypatch.setattr(f"fasticl.{module}.{make}", lambda packed, **options: options)
+        assert derive(packed) == ({"multiprocessors": 3, "shared_bytes": 100 << 10} if expected else None)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("format", ["bitmap", "sliced"])
+def test_on_a_gpu_the_module_runs_the_kernel(format: str) -> None:
+    """A layer moved there, cast there and captured in a CUDA graph, which is replayed; blocks share its rows."""
+    from fasticl.nn import SparseLinear
+
+    weight, x = pruned(48, 8192, 0.1, torch.float16), torch.randn(5, 8192)
+    layer = SparseLinear(fasticl.pack(weight, format)).cuda().bfloat16()
+    assert layer.packed.validate().gather.shares > 1
+    static = x.bfloat16().cuda()
+    expected = layer(static).clone()
+    rounded = weight.bfloat16()
+    assert_close_to_truth(expected.cpu(), dense(x.bfloat16().double(), rounded.double()), dense(x.bfloat16(), rounded))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layer(static)
+    for _ in range(3):
+        captured.zero_()
+        graph.replay()
+        assert torch.equal(captured, expected)
 
 
 def test_the_layout_has_the_kernels_numbers() -> None:

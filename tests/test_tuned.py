@@ -18,6 +18,7 @@ import fasticl
 from fasticl import tune, tuned
 from fasticl.cli import app
 from fasticl.convert import _implementations_text
+from fasticl.gather_layout import to_gather
 from fasticl.lane_stream import to_lanes
 from fasticl.ops.bitmap_linear import implementation
 
@@ -160,6 +161,13 @@ def test_the_winning_implementation_is_recorded(triton_ms: float, monkeypatch: p
     assert in_float32["config"] == {}  # which only Triton takes
 
 
+def test_an_implementation_between_wins_without_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "has_cuda_kernel", True)
+    ms = clock(lambda config: 0.5 if config.get("implementation") == "lane stream" else 1.0)
+    entry = tune.search(problem(lambda config: RESULT, "bitmap_linear"), ms)
+    assert (entry["config"], entry["ms"]) == ({"implementation": "lane stream"}, 0.5)
+
+
 @pytest.mark.parametrize("op", tuned.SPACE)
 def test_problems_of_every_op_compute(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "LAYERS", ((48, 64),))
@@ -183,6 +191,11 @@ def test_explain_says_which_implementation_runs() -> None:
     assert _implementations_text(layer, (1, 16, 512)) == "; CUDA C++ at 1 / 16; PyTorch at 512"
     with tuned.forced("bitmap_linear", {"implementation": "Triton"}):
         assert _implementations_text(layer, (1, 16)) == "; Triton at 1 / 16"
+    linear.weight.data[torch.rand(48, 64) < 0.7] = 0
+    for format, other in (("bitmap", "CUDA C++"), ("sliced", "Triton")):
+        layer = fasticl.nn.SparseLinear.from_linear(linear, format)
+        layer._lanes, layer._gather = (to_lanes(layer.packed) if format == "bitmap" else None), to_gather(layer.packed)
+        assert _implementations_text(layer, (1, 8, 16)) == f"; CUDA C++ (gather) at 1 / 8; {other} at 16"
 
 
 def test_a_configuration_reaches_its_launch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +235,9 @@ def test_a_configuration_reaches_its_launch(monkeypatch: pytest.MonkeyPatch) -> 
     steps, slices = empty(9, 20, dtype=torch.uint8), empty(17, 2, dtype=torch.int64)
     order = empty(256, dtype=torch.int32)
     sliced = partial(sliced_linear.launch, x, values, mask, offsets, values, steps, slices, order, None, None)
-    assert launch("sliced_linear", {"STEPS": 32, "num_warps": 2}, sliced)[1].items() >= {"STEPS": 32}.items()
+    options = launch("sliced_linear", {"implementation": "Triton", "STEPS": 32, "num_warps": 2}, sliced)[1]
+    assert options.items() >= {"STEPS": 32}.items()
+    assert "implementation" not in options
     assert launch("sliced_linear", {}, sliced)[1]["STEPS"] == 8
 
     up, down = [empty(256, 256)], [empty(256, 256)]

@@ -5,9 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fasticl import gather_layout
 from fasticl.bits import expand_bits
 from fasticl.formats import PackedWeight
 from fasticl.ops import _registry as registry
+
+# Up to how many tokens, and below which density, the gather kernel is the fastest on CUDA. Computed from instructions
+# and bytes (csrc/sliced_linear_cuda.cu), not measured; fasticl bench --tune may find otherwise.
+GATHER_DENSITY = {4: gather_layout.MAX_DENSITY, gather_layout.MAX_TOKENS: 0.18}
+GATHER = "CUDA C++ (gather)"
 
 
 def dense_from_bitmap(values: Tensor, bitmask: Tensor, K: int) -> Tensor:
@@ -47,6 +53,11 @@ def check_linear(
         registry.check_device(f"{op}: bias", bias, x.device)
         registry.check_shape(f"{op}: bias", bias, (N,))
     registry.check_activation(activation)
+
+
+def gathers(M: int, density: float) -> bool:
+    """Whether the gather kernel is to compute for M tokens on CUDA, where a weight has its layout."""
+    return any(tokens >= M and density < most for tokens, most in GATHER_DENSITY.items())
 
 
 def fake_linear(x: Tensor, N: int) -> Tensor:

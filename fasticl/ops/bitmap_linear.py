@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fasticl import _C, lane_stream, tuned
-from fasticl.formats import PackedWeight
+from fasticl import _C, gather_layout, lane_stream, tuned
+from fasticl.formats import PackedWeight, device_layouts
 from fasticl.ops import _linear
 from fasticl.ops import _registry as registry
 
@@ -33,12 +33,13 @@ def bitmap_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, a
         ``[..., N]`` in ``x.dtype``; products accumulate in float32, the result is rounded once.
 
     Int8 values are multiplied as integers times float32, and each sum by its row's scale: nothing else is rounded. On
-    CUDA they run the reference. Where the CUDA C++ kernel runs, several multiprocessors may share an output's K; their
+    CUDA they run the reference. Where a CUDA C++ kernel runs, several multiprocessors may share an output's K; their
     sums are added in one order, so that equal calls give equal bits.
 
     Where a weight is not stored, a few tokens (at most 8, 4 without AVX-512, and fewer the sparser the weight) are
     multiplied by zero, more are not: an infinite or NaN x there gives NaN, as in the dense product, or nothing. On CUDA
-    it always gives NaN.
+    it always gives NaN, but for the kernel of up to 8 tokens and a density below a quarter (the one of
+    :func:`fasticl.ops.sliced_linear`), which multiplies what is stored, zeros that fill its lists up, and nothing else.
 
     Raises:
         TypeError: ``x`` or ``bias`` is not of the weight's dtype, or ``weight`` is no PackedWeight.
@@ -48,14 +49,14 @@ def bitmap_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, a
     arguments = (x, weight.values, weight.bitmask, weight.row_offsets, bias, activation)
     if registry.needs_grad(x, weight.values, bias, weight.scales):
         return reference(*arguments, scales=weight.scales)
-    if weight.lanes is not None:
-        return torch.ops.fasticl.bitmap_linear(*arguments, weight.lanes.tensors, weight.lanes.plan)
-    return torch.ops.fasticl.bitmap_linear(*arguments, scales=weight.scales)
+    layouts = device_layouts(weight.lanes, weight.gather)
+    return torch.ops.fasticl.bitmap_linear(*arguments, scales=weight.scales, **layouts)
 
 
 def reference(
     x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, bias: Tensor | None, activation: str | None,
     lanes: list[Tensor] | None = None, plan: list[int] | None = None, scales: Tensor | None = None,
+    gather: list[Tensor] | None = None, gather_plan: list[int] | None = None,
 ) -> Tensor:  # fmt: skip
     dense = _linear.dense_from_bitmap(values, bitmask, x.shape[-1])
     return _linear.reference_linear(x, dense, bias, activation, scales)
@@ -64,6 +65,7 @@ def reference(
 def _fake(
     x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, bias: Tensor | None, activation: str | None,
     lanes: list[Tensor] | None = None, plan: list[int] | None = None, scales: Tensor | None = None,
+    gather: list[Tensor] | None = None, gather_plan: list[int] | None = None,
 ) -> Tensor:  # fmt: skip
     return _linear.fake_linear(x, bitmask.shape[0])
 
@@ -71,6 +73,7 @@ def _fake(
 def cpu(
     x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, bias: Tensor | None, activation: str | None,
     lanes: list[Tensor] | None = None, plan: list[int] | None = None, scales: Tensor | None = None,
+    gather: list[Tensor] | None = None, gather_plan: list[int] | None = None,
 ) -> Tensor:  # fmt: skip
     if not _linear.kernel_takes(x):
         return reference(x, values, bitmask, row_offsets, bias, activation, scales=scales)
@@ -89,16 +92,21 @@ def cpu(
 def cuda(
     x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, bias: Tensor | None, activation: str | None,
     lanes: list[Tensor] | None = None, plan: list[int] | None = None, scales: Tensor | None = None,
+    gather: list[Tensor] | None = None, gather_plan: list[int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """``lanes`` and ``plan`` are those of :class:`fasticl.lane_stream.LaneStream`; without them Triton computes."""
+    """``lanes`` and ``plan`` are those of :class:`fasticl.lane_stream.LaneStream`, ``gather`` and ``gather_plan`` of
+    :class:`fasticl.gather_layout.GatherLayout`; where neither the one nor the other can, Triton computes.
+    """
     if scales is not None:
         return reference(x, values, bitmask, row_offsets, bias, activation, scales=scales)
-    if lanes is None or plan is None:
-        return _triton(x, values, bitmask, row_offsets, bias, activation)
     x2, M, stride = registry.rows(x)
     N, K = bitmask.shape[0], x.shape[-1]
-    runs = implementation(values, N, K, M)
-    if runs == "Triton":
+    runs = "Triton" if lanes is None and gather is None else implementation(values, N, K, M, gather is not None)
+    if runs == _linear.GATHER:
+        assert gather is not None
+        assert gather_plan is not None
+        return gather_cuda("bitmap_linear", x, N, gather, gather_plan, bias, activation)
+    if runs == "Triton" or lanes is None or plan is None:
         return _triton(x, values, bitmask, row_offsets, bias, activation)
     if runs == "PyTorch":
         return reference(x, values, bitmask, row_offsets, bias, activation)
@@ -123,13 +131,42 @@ def cuda(
     return y
 
 
-def implementation(values: Tensor, N: int, K: int, M: int) -> str:
-    """What computes for M tokens on a GPU, of a weight with lane streams: "Triton" where its table found that faster,
-    else "CUDA C++", or for many tokens "PyTorch", on the unpacked weight.
+def gather_cuda(
+    op: str, x: Tensor, N: int, gather: list[Tensor], plan: list[int], bias: Tensor | None, activation: str | None
+) -> Tensor:
+    """The CUDA C++ kernel of sliced_linear, for up to 8 tokens; ``gather`` and ``plan`` are a GatherLayout's."""
+    if x.dtype not in gather_layout.DTYPES:
+        raise TypeError(f"{op}: x: expected dtype bfloat16 or float16 with the gather layout, got {x.dtype}")
+    records, starts, row_order = gather
+    groups, (shares, blocks, warps) = -(-N // gather_layout.GROUP), plan
+    registry.check_shape(f"{op}: starts", starts, (shares * groups + 1,))
+    registry.check_shape(f"{op}: row_order", row_order, (groups * gather_layout.GROUP,))
+    x2, M, stride = registry.rows(x)
+    bias = registry.contiguous(bias)
+    y = x.new_empty((*x.shape[:-1], N))
+    workspace = None  # as the lane stream's
+    if shares > 1:
+        workspace = x.new_empty(_C_cuda.sliced_linear_workspace(M, groups, shares, blocks), dtype=torch.uint8)
+    device, current_stream = registry.cuda_stream(x)
+    _C_cuda.sliced_linear(
+        x2.data_ptr(), M, stride, records.data_ptr(), starts.data_ptr(), row_order.data_ptr(), groups, x.shape[-1],
+        shares, blocks, warps, registry.address(workspace), registry.address(bias), registry.ACTIVATIONS[activation],
+        y.data_ptr(), N, registry.DTYPES[x.dtype], device, current_stream,
+    )  # fmt: skip
+    return y
+
+
+def implementation(values: Tensor, N: int, K: int, M: int, gather: bool = False) -> str:
+    """What computes for M tokens on a GPU, of a weight with lane streams and, if ``gather``, the gather layout:
+    "CUDA C++ (gather)" for few tokens and values, else "CUDA C++", or for many tokens "PyTorch", on the unpacked
+    weight; and what the GPU's table found faster: "Triton", or the lane streams though there are few values.
     """
-    found = tuned.lookup("bitmap_linear", values, N, K, M, values.numel() / max(1, N * K))
-    if found.get("implementation") == "Triton":
+    density = values.numel() / max(1, N * K)
+    found = tuned.lookup("bitmap_linear", values, N, K, M, density).get("implementation")
+    if found == "Triton":
         return "Triton"
+    if gather and found != "lane stream" and _linear.gathers(M, density):
+        return _linear.GATHER
     return "CUDA C++" if M <= CUDA_TOKENS else "PyTorch"
 
 
@@ -137,7 +174,8 @@ _triton = registry.by_triton("bitmap_linear", reference)
 
 registry.define(
     "bitmap_linear(Tensor x, Tensor values, Tensor bitmask, Tensor row_offsets, Tensor? bias, str? activation, "
-    "Tensor[]? lanes=None, int[]? plan=None, Tensor? scales=None) -> Tensor",
+    "Tensor[]? lanes=None, int[]? plan=None, Tensor? scales=None, Tensor[]? gather=None, int[]? gather_plan=None) "
+    "-> Tensor",
     reference=reference,
     fake=_fake,
     cpu=cpu,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from fasticl import _C
-from fasticl.formats import PackedWeight
+from fasticl import _C, tuned
+from fasticl.formats import PackedWeight, device_layouts
 from fasticl.ops import _linear
 from fasticl.ops import _registry as registry
 from fasticl.ops.bitmap_linear import cpu as bitmap_cpu
+from fasticl.ops.bitmap_linear import gather_cuda, has_cuda_kernel
 from fasticl.ops.bitmap_linear import reference as bitmap_reference
 
 MAX_TOKENS = 8  # beyond, the portable form is faster: it lies beside the sliced one
@@ -30,7 +33,8 @@ def sliced_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, a
         ``[..., N]`` in ``x.dtype``; products accumulate in float32, the result is rounded once.
 
     Up to 8 tokens x must be finite: sixteen rows share an instruction, and a value of x that only some of them need is
-    multiplied by zero in the others, where infinity and NaN give NaN.
+    multiplied by zero in the others, where infinity and NaN give NaN. The CUDA C++ kernel multiplies what is stored and
+    zeros that fill its lists up; several multiprocessors may share an output's K, and equal calls give equal bits.
 
     Raises:
         TypeError: ``x`` or ``bias`` is not of the weight's dtype, or ``weight`` is no PackedWeight.
@@ -42,13 +46,14 @@ def sliced_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, a
     portable = (weight.values, weight.bitmask, weight.row_offsets)
     if registry.needs_grad(x, weight.values, bias, weight.scales):
         return bitmap_reference(x, *portable, bias, activation, scales=weight.scales)
-    return torch.ops.fasticl.sliced_linear(x, *portable, *vars(layout).values(), bias, activation, weight.scales)
+    arguments = (x, *portable, *vars(layout).values(), bias, activation, weight.scales)
+    return torch.ops.fasticl.sliced_linear(*arguments, **device_layouts(None, weight.gather))
 
 
 def reference(
     x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, sliced_values: Tensor, steps: Tensor,
     slice_offsets: Tensor, row_order: Tensor, bias: Tensor | None, activation: str | None,
-    scales: Tensor | None = None,
+    scales: Tensor | None = None, gather: list[Tensor] | None = None, gather_plan: list[int] | None = None,
 ) -> Tensor:  # fmt: skip
     return bitmap_reference(x, values, bitmask, row_offsets, bias, activation, scales=scales)
 
@@ -56,7 +61,7 @@ def reference(
 def _fake(
     x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, sliced_values: Tensor, steps: Tensor,
     slice_offsets: Tensor, row_order: Tensor, bias: Tensor | None, activation: str | None,
-    scales: Tensor | None = None,
+    scales: Tensor | None = None, gather: list[Tensor] | None = None, gather_plan: list[int] | None = None,
 ) -> Tensor:  # fmt: skip
     return _linear.fake_linear(x, bitmask.shape[0])
 
@@ -64,7 +69,7 @@ def _fake(
 def cpu(
     x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, sliced_values: Tensor, steps: Tensor,
     slice_offsets: Tensor, row_order: Tensor, bias: Tensor | None, activation: str | None,
-    scales: Tensor | None = None,
+    scales: Tensor | None = None, gather: list[Tensor] | None = None, gather_plan: list[int] | None = None,
 ) -> Tensor:  # fmt: skip
     N, K = bitmask.shape[0], x.shape[-1]
     M = x.numel() // K if K else 0
@@ -82,11 +87,43 @@ def cpu(
     return y
 
 
+def cuda(
+    x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, sliced_values: Tensor, steps: Tensor,
+    slice_offsets: Tensor, row_order: Tensor, bias: Tensor | None, activation: str | None,
+    scales: Tensor | None = None, gather: list[Tensor] | None = None, gather_plan: list[int] | None = None,
+) -> Tensor:  # fmt: skip
+    """``gather`` and ``gather_plan`` are those of :class:`fasticl.gather_layout.GatherLayout`: C++ computes on them for
+    few tokens, the reference for int8 values, and Triton all else.
+    """
+    if scales is not None:
+        return bitmap_reference(x, values, bitmask, row_offsets, bias, activation, scales=scales)
+    N, K = bitmask.shape[0], x.shape[-1]
+    M = x.numel() // K if K else math.prod(x.shape[:-1])
+    if gather is None or gather_plan is None or implementation(values, N, K, M) == "Triton":
+        layout = (sliced_values, steps, slice_offsets, row_order)
+        return _triton(x, values, bitmask, row_offsets, *layout, bias, activation)
+    return gather_cuda("sliced_linear", x, N, gather, gather_plan, bias, activation)
+
+
+def implementation(values: Tensor, N: int, K: int, M: int) -> str:
+    """What computes for M tokens on a GPU, of a weight with the gather layout: "CUDA C++ (gather)" for few tokens and
+    values, else "Triton", or where the GPU's table found that faster.
+    """
+    density = values.numel() / max(1, N * K)
+    found = tuned.lookup("sliced_linear", values, N, K, M, density).get("implementation")
+    return _linear.GATHER if found != "Triton" and _linear.gathers(M, density) else "Triton"
+
+
+_triton = registry.by_triton("sliced_linear", reference)
+
 registry.define(
     "sliced_linear(Tensor x, Tensor values, Tensor bitmask, Tensor row_offsets, Tensor sliced_values, Tensor steps, "
-    "Tensor slice_offsets, Tensor row_order, Tensor? bias, str? activation, Tensor? scales=None) -> Tensor",
+    "Tensor slice_offsets, Tensor row_order, Tensor? bias, str? activation, Tensor? scales=None, "
+    "Tensor[]? gather=None, int[]? gather_plan=None) -> Tensor",
     reference=reference,
     fake=_fake,
     cpu=cpu,
     triton=True,
+    cuda=cuda if has_cuda_kernel else None,
+    cuda_name="CUDA C++ (bfloat16, float16, up to 8 tokens), else Triton",
 )
