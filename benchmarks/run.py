@@ -23,7 +23,8 @@ from threadpoolctl import threadpool_limits
 CONTENDER_SECONDS = {"cpu": 1.0, "cuda": 0.25}
 FIRST_SECONDS = {"cpu": 0.0, "cuda": 60.0}
 GPU_MINUTES = 8.0
-OPS = ("bandwidth", "bitmap_linear", "sliced_linear", "nm_linear", "fused_mlp", "attention_mlp", "model", "decoder")
+CPU_OPS = ("bandwidth", "bitmap_linear", "sliced_linear", "nm_linear", "fused_mlp", "attention_mlp", "model", "decoder")
+OPS = (*CPU_OPS, "decoder_block")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -57,12 +58,12 @@ def estimate(cases: list[Case], device: str, seconds: float) -> float:
 
 
 def selected(options: argparse.Namespace) -> list[Case]:
-    """Headline cases first, on a CPU in the order of ``OPS``."""
+    """Headline cases first, on a CPU in the order of ``CPU_OPS``."""
     cases: list[Case] = []
     if options.device == "cuda":
         cases = [case for case in gpu_cases.cases(options.quick) if options.op is None or case.op in options.op]
     else:
-        for op in OPS:
+        for op in CPU_OPS:
             if options.op is None or op in options.op:
                 cases += importlib.import_module(f"bench_{op}").cases(options.quick)
     cases = [case for case in cases if options.dtype is None or case.dtype in options.dtype]
