@@ -17,7 +17,8 @@ from fasticl.architectures import TOLERANCE, Block, block_of, layers_of
 from fasticl.checkpoint import make_serializable
 from fasticl.layers import MLP, fold_masks_, is_linear
 from fasticl.nn import SparseLinear, SparseMLP, dense_weight
-from fasticl.ops.bitmap_linear import implementation
+from fasticl.ops.bitmap_linear import implementation as implementation_of_bitmap
+from fasticl.ops.nm_linear import implementation as implementation_of_nm
 from fasticl.prune import detect_pattern
 from fasticl.replaceable import (
     MLPModule,
@@ -562,9 +563,10 @@ def _gains(ms: Mapping[str, dict[int, float]], name: str) -> dict[int, float]:
 
 
 def _implementations_text(layer: nn.Module, tokens: Sequence[int]) -> str:
-    """Which of its kernels a bitmap layer runs on a GPU, where there are several."""
-    if not isinstance(layer, SparseLinear) or layer._lanes is None:
+    """Which of its kernels a packed layer runs on a GPU, where there are several."""
+    if not isinstance(layer, SparseLinear) or (layer._lanes is None and layer._fragments is None):
         return ""
+    implementation = implementation_of_nm if layer._lanes is None else implementation_of_bitmap
     names: dict[str, list[int]] = {}
     for M in tokens:
         names.setdefault(implementation(layer.values, layer.out_features, layer.in_features, M), []).append(M)

@@ -23,11 +23,12 @@ Bucket = tuple[str, int, int, int, int, float]  # op, N, K, batch, bytes of a va
 
 _WARPS, _STAGES = (1, 2, 4, 8), (1, 2, 3, 4)
 _PACKED = {"BLOCK_N": (8, 16, 32, 64, 128), "BYTES": (4, 8, 16, 32), "num_warps": _WARPS, "num_stages": _STAGES}
+_TWO = {"implementation": ("CUDA C++", "Triton")}
 # What may be tuned, by op, and the values that it may have. In a table N and K are outputs and inputs of a linear,
 # hidden neurons and inputs of fused_mlp, columns L and width d of attention_mlp.
 SPACE: dict[str, dict[str, tuple[Any, ...]]] = {
-    "bitmap_linear": {"implementation": ("CUDA C++", "Triton"), **_PACKED},
-    "nm_linear": _PACKED,
+    "bitmap_linear": {**_TWO, **_PACKED},
+    "nm_linear": {**_TWO, **_PACKED},
     "sliced_linear": {"STEPS": (8, 16, 32, 64, 128), "num_warps": _WARPS},
     "fused_mlp": {
         "BLOCK_H": (16, 32, 64, 128), "BLOCK_K": (16, 32, 64, 128), "num_warps": _WARPS, "num_stages": _STAGES,

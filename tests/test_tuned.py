@@ -20,6 +20,7 @@ from fasticl.cli import app
 from fasticl.convert import _implementations_text
 from fasticl.lane_stream import to_lanes
 from fasticl.ops.bitmap_linear import implementation
+from fasticl.sparse_fragments import to_fragments
 
 BF16 = torch.bfloat16
 ON_GPU: Any = SimpleNamespace(is_cuda=True, get_device=lambda: 0, dtype=BF16)
@@ -101,7 +102,9 @@ def test_writing_keeps_other_problems(tmp_path: Path) -> None:
     assert tuned.read(path) == table
 
 
-def problem(call: Callable[[dict[str, Any]], Tensor], op: str = "nm_linear", dtype: torch.dtype = BF16) -> tune.Problem:
+def problem(
+    call: Callable[[dict[str, Any]], Tensor], op: str = "sliced_linear", dtype: torch.dtype = BF16
+) -> tune.Problem:
     """Its result depends on the configuration in force."""
     return tune.Problem(op, 4096, 4096, 8, dtype, 0.5, lambda: [lambda: call(dict(tuned._forced[op]))])
 
@@ -118,12 +121,12 @@ RESULT = torch.linspace(-1, 1, 99).to(BF16)
 
 def test_the_fastest_combination_wins() -> None:
     def ms(config: dict[str, Any]) -> float:
-        return 1 - 0.2 * (config.get("BLOCK_N") == 64) - 0.3 * (config.get("num_warps") == 8)
+        return 1 - 0.2 * (config.get("BLOCK_H") == 64) - 0.3 * (config.get("num_warps") == 8)
 
     entry = tune.search(problem(lambda config: RESULT), clock(ms))
-    assert {name: entry["config"][name] for name in ("BLOCK_N", "num_warps")} == {"BLOCK_N": 64, "num_warps": 8}
+    assert {name: entry["config"][name] for name in ("BLOCK_H", "num_warps")} == {"BLOCK_H": 64, "num_warps": 8}
     assert (entry["ms"], entry["default_ms"]) == (0.5, 1.0)
-    tuned.check("", "nm_linear", entry["config"])
+    tuned.check("", "sliced_linear", entry["config"])
 
 
 @pytest.mark.parametrize(("gain", "wins"), [(0.02, False), (0.04, True)])
@@ -183,6 +186,12 @@ def test_explain_says_which_implementation_runs() -> None:
     assert _implementations_text(layer, (1, 16, 512)) == "; CUDA C++ at 1 / 16; PyTorch at 512"
     with tuned.forced("bitmap_linear", {"implementation": "Triton"}):
         assert _implementations_text(layer, (1, 16)) == "; Triton at 1 / 16"
+    linear.weight.data.view(-1, 4)[:, :2] = 0
+    layer = fasticl.nn.SparseLinear.from_linear(linear, "nm")
+    layer._fragments = to_fragments(layer.packed)
+    assert _implementations_text(layer, (1, 64, 65)) == "; CUDA C++ at 1 / 64; Triton at 65"
+    with tuned.forced("nm_linear", {"implementation": "Triton"}):
+        assert _implementations_text(layer, (1, 64)) == "; Triton at 1 / 64"
 
 
 def test_a_configuration_reaches_its_launch(monkeypatch: pytest.MonkeyPatch) -> None:
