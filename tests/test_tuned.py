@@ -126,7 +126,7 @@ def test_the_fastest_combination_wins() -> None:
     entry = tune.search(problem(lambda config: RESULT), clock(ms))
     assert {name: entry["config"][name] for name in ("BLOCK_H", "num_warps")} == {"BLOCK_H": 64, "num_warps": 8}
     assert (entry["ms"], entry["default_ms"]) == (0.5, 1.0)
-    tuned.check("", "sliced_linear", entry["config"])
+    tuned.check("", "fused_mlp", entry["config"])
 
 
 @pytest.mark.parametrize(("gain", "wins"), [(0.02, False), (0.04, True)])
