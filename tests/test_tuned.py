@@ -102,9 +102,7 @@ def test_writing_keeps_other_problems(tmp_path: Path) -> None:
     assert tuned.read(path) == table
 
 
-def problem(
-    call: Callable[[dict[str, Any]], Tensor], op: str = "sliced_linear", dtype: torch.dtype = BF16
-) -> tune.Problem:
+def problem(call: Callable[[dict[str, Any]], Tensor], op: str = "fused_mlp", dtype: torch.dtype = BF16) -> tune.Problem:
     """Its result depends on the configuration in force."""
     return tune.Problem(op, 4096, 4096, 8, dtype, 0.5, lambda: [lambda: call(dict(tuned._forced[op]))])
 
