@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fasticl import _C
 from fasticl.architectures import TOLERANCE, Native, check_static_angles, parts_of
+from fasticl.layers import is_adapter
 from fasticl.ops._registry import DTYPES
 from fasticl.parallel import check_whole
 
@@ -48,7 +49,7 @@ class Decoder:
     Raises:
         TypeError: ``model`` is not such a module.
         ValueError: its architecture is not known, or computes something else; it is one process's part of a model
-            (:func:`fasticl.parallelize`); ``length`` is out of range.
+            (:func:`fasticl.parallelize`), or has adapters of PEFT that are not merged; ``length`` is out of range.
     """
 
     def __init__(self, model: Any, *, length: int | None = None, sequences: int = 1) -> None:
@@ -57,6 +58,8 @@ class Decoder:
         config: Any = model.config
         text = config.get_text_config()
         check_whole(model, "to decode with")
+        if adapter := next((name for name, module in model.named_modules() if is_adapter(module)), None):
+            raise ValueError(f"{adapter}: expected no adapter, got one of PEFT; call merge_and_unload()")
         if model.training:
             raise ValueError("model: expected evaluation mode, got training mode; call model.eval()")
         limit = getattr(text, "max_position_embeddings", LENGTH)

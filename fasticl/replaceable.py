@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from fasticl import formats
-from fasticl.layers import MLP, find_mlps, is_linear, join
+from fasticl.layers import MLP, find_mlps, is_adapter, is_linear, join
 from fasticl.nn import SparseLinear, SparseMLP, dense_bias, dense_weight, frozen_linear
 from fasticl.ops._registry import ACTIVATIONS
 
@@ -95,10 +95,17 @@ def has_hooks(module: nn.Module) -> bool:
 def weight_readers(model: nn.Module) -> dict[str, str]:
     """Names of layers whose weight a module's ``forward`` reads, with that module's class.
 
-    Such a layer is bypassed (as in nn.MultiheadAttention) or asked for what a packed one lacks (as in T5).
+    Such a layer is bypassed (as in nn.MultiheadAttention) or asked for what a packed one lacks (as in T5). Adapters of
+    PEFT read their matrices, and all but plain LoRA also the model's linear beneath.
     """
     found = {}
     for name, module in model.named_modules():
+        if is_adapter(module):
+            plain = type(module).__module__.startswith("peft.tuners.lora.") and not getattr(
+                module, "lora_variant", None
+            )
+            inside = [path for path, child in module.named_modules() if is_linear(child)]
+            found |= {join(name, path): "an adapter" for path in inside if not (plain and path == "base_layer")}
         forwards = [vars(base)["forward"] for base in type(module).__mro__ if "forward" in vars(base)]
         for path in set[str]().union(*map(_weights_read, forwards)):
             found[join(name, path)] = type(module).__name__

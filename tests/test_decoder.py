@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import BaseTunerLayer
 from torch import Tensor, nn
 
 import fasticl
@@ -409,6 +410,10 @@ def test_models_that_it_cannot_run_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"layer 1: expected a weight of \[36, 60\] by its configuration, got \[36, 50"
     ):
+        Decoder(model)
+    model = make()
+    model.model.layers[1].self_attn.q_proj = BaseTunerLayer(model.model.layers[1].self_attn.q_proj)
+    with pytest.raises(ValueError, match=r"model.layers.1.self_attn.q_proj: expected no adapter, .* merge_and_unload"):
         Decoder(model)
     with pytest.raises(ValueError, match="norms before the layers"):
         Decoder(make("opt", do_layer_norm_before=False))
