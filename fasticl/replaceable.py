@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from fasticl import formats
+from fasticl.blocks import FusedHead
 from fasticl.layers import MLP, find_mlps, is_adapter, is_linear, join
 from fasticl.nn import SparseLinear, SparseMLP, dense_bias, dense_weight, frozen_linear
 from fasticl.ops._registry import ACTIVATIONS
@@ -74,7 +75,7 @@ def obstacle(name: str, linear: nn.Module, readers: Mapping[str, str], skip: Seq
         return f"{readers[name]} reads its weight without calling it"
     if has_hooks(linear):
         return "has hooks, or a forward of its own"
-    if isinstance(linear, nn.Linear) and type(linear).forward is not nn.Linear.forward:
+    if isinstance(linear, nn.Linear) and type(linear).forward not in (nn.Linear.forward, FusedHead.forward):
         return f"{type(linear).__name__} may compute more than a linear"
     dtype = linear.values.dtype if isinstance(linear, SparseLinear) else linear.weight.dtype
     return None if dtype in formats.DTYPES else f"dtype {dtype} has no kernel"

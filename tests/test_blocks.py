@@ -465,6 +465,9 @@ def test_heads_that_are_left_alone() -> None:
     report = fasticl.convert(packed, min_speedup=0, skip=())
     assert isinstance(report.model.get_output_embeddings(), SparseLinear)
     assert report.head is None
+    again = fasticl.convert(make("llama").bfloat16(), min_speedup=0).model
+    fasticl.convert(again, min_speedup=0, skip=(), values="int8")
+    assert isinstance(again.get_output_embeddings(), SparseLinear)  # by rows so far, and a linear like any other
     hooked = make("llama").bfloat16()
     hooked.lm_head.register_forward_hook(lambda *_: None)
     assert fasticl.convert(hooked, min_speedup=0).head is None
