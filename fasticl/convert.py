@@ -378,11 +378,15 @@ def _fuse_blocks(model: nn.Module, min_speedup: float, tokens: Sequence[int]) ->
     with torch.inference_mode():
         for layer in layers:
             blocks.fuse(layer, max(few), shared)
-            plain, native = (way() for way in blocks.ways(model, layer, max(few)))
-            error = (native - plain).abs().max().item() / max(plain.abs().max().item(), 1e-30)
+            try:
+                plain, native = (way() for way in blocks.ways(model, layer, max(few)))
+            except Exception as error:  # whatever modules raise whose dtypes do not fit together
+                why = f"{names[layer]} fails by itself: {error}"
+                break
+            difference = (native - plain).abs().max().item() / max(plain.abs().max().item(), 1e-30)
             if not blocks.runs_native(layer):
                 why = why or f"{names[layer]} has layers that C++ does not know"
-            elif not error <= TOLERANCE[native.dtype]:
+            elif not difference <= TOLERANCE[native.dtype]:
                 why = why or f"{names[layer]} computes something else"
         for m in few if not why else ():
             both = zip(*(blocks.ways(model, layer, m) for layer in layers), strict=True)
@@ -446,9 +450,8 @@ def _block_decision(name: str, block: Block, kernel: str, reason: str, **ms: Any
     total = sum(w.numel() for w in weights)
     zeros = total - sum(int(w.count_nonzero()) for w in weights)
     D = block.attention.config.hidden_size
-    return LayerDecision(
-        name, (D, D), next(block.module.parameters()).dtype, zeros / max(1, total), "block", kernel, reason, **ms
-    )
+    dtype = weights[0].dtype if weights else next(block.module.parameters()).dtype
+    return LayerDecision(name, (D, D), dtype, zeros / max(1, total), "block", kernel, reason, **ms)
 
 
 def _mlp_decision(name: str, mlp: MLP | SparseMLP, kernel: str, reason: str) -> LayerDecision:

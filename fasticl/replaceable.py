@@ -99,7 +99,7 @@ def weight_readers(model: nn.Module) -> dict[str, str]:
     Such a layer is bypassed (as in nn.MultiheadAttention) or asked for what a packed one lacks (as in T5). Adapters of
     PEFT read their matrices, and all but plain LoRA also the model's linear beneath.
     """
-    found = {}
+    found: dict[str, str] = {}
     for name, module in model.named_modules():
         if is_adapter(module):
             plain = type(module).__module__.startswith("peft.tuners.lora.") and not getattr(
