@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import bench_decoder_block
 import gpu_models
 import torch
 from bench_attention_mlp import attention_case
@@ -118,4 +119,4 @@ def cases(quick: bool) -> list[Case]:
         tier = "headline" if shape[0] >= 1024 and shape[1] == 512 else "sweep"
         found.append(attention_case(shape, "bfloat16", tier, compiled=not quick and tier == "headline"))
     found.append(attention_case((64, 512, 64, 256), "bfloat16", "sweep", compiled=False, Q=64))
-    return found + gpu_models.cases(quick)
+    return found + bench_decoder_block.cases(quick) + gpu_models.cases(quick)

@@ -336,7 +336,7 @@ def ways(
         AttributeError, TypeError, ValueError: its architecture is not known.
     """
     block = block_of(layer)
-    like = next(layer.parameters())
+    like = model.get_input_embeddings().weight  # norms may be of another dtype
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, 1, block.attention.config.hidden_size, generator=generator).to(like)
     states = torch.randn(2, tokens, block.groups, past, block.head_dim, generator=generator).to(like)

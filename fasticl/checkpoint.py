@@ -107,13 +107,8 @@ def save_pretrained(
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        # Some classes save under the names of older versions; the names in config.json are those of the modules.
-        packed = compress or any(isinstance(m, SparseLinear | SparseMLP) for m in model.modules())
-        plain = format != QUANT_METHOD or not packed
         with plugin.saving(model, format, compress):
-            model.save_pretrained(  # type: ignore[operator]
-                temporary, max_shard_size=max_shard_size, save_original_format=plain
-            )
+            model.save_pretrained(temporary, max_shard_size=max_shard_size)  # type: ignore[operator]
         _count_tensors(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)

@@ -309,6 +309,8 @@ def convert(
     from fasticl.convert import SKIP, TOKENS, table
     from fasticl.stages import Stages
 
+    if compress and save_format != SaveFormat.fasticl:
+        raise typer.BadParameter(f"expected --save-format fasticl, got {save_format.value}", param_hint="--compress")
     _set_threads(threads)
     with _reported(), Stages(Console(stderr=True)) as stages:
         _check_free(out)

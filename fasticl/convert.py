@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -17,8 +17,9 @@ from fasticl.architectures import TOLERANCE, Block, block_of, layers_of
 from fasticl.checkpoint import make_serializable
 from fasticl.layers import MLP, fold_masks_, is_linear
 from fasticl.nn import SparseLinear, SparseMLP, dense_weight
-from fasticl.ops.bitmap_linear import implementation as bitmap_runs
-from fasticl.ops.sliced_linear import implementation as sliced_runs
+from fasticl.ops.bitmap_linear import implementation as implementation_of_bitmap
+from fasticl.ops.nm_linear import implementation as implementation_of_nm
+from fasticl.ops.sliced_linear import implementation as implementation_of_sliced
 from fasticl.prune import detect_pattern
 from fasticl.replaceable import (
     MLPModule,
@@ -378,11 +379,15 @@ def _fuse_blocks(model: nn.Module, min_speedup: float, tokens: Sequence[int]) ->
     with torch.inference_mode():
         for layer in layers:
             blocks.fuse(layer, max(few), shared)
-            plain, native = (way() for way in blocks.ways(model, layer, max(few)))
-            error = (native - plain).abs().max().item() / max(plain.abs().max().item(), 1e-30)
+            try:
+                plain, native = (way() for way in blocks.ways(model, layer, max(few)))
+            except Exception as error:  # whatever modules raise whose dtypes do not fit together
+                why = f"{names[layer]} fails by itself: {error}"
+                break
+            difference = (native - plain).abs().max().item() / max(plain.abs().max().item(), 1e-30)
             if not blocks.runs_native(layer):
                 why = why or f"{names[layer]} has layers that C++ does not know"
-            elif not error <= TOLERANCE[native.dtype]:
+            elif not difference <= TOLERANCE[native.dtype]:
                 why = why or f"{names[layer]} computes something else"
         for m in few if not why else ():
             both = zip(*(blocks.ways(model, layer, m) for layer in layers), strict=True)
@@ -446,9 +451,8 @@ def _block_decision(name: str, block: Block, kernel: str, reason: str, **ms: Any
     total = sum(w.numel() for w in weights)
     zeros = total - sum(int(w.count_nonzero()) for w in weights)
     D = block.attention.config.hidden_size
-    return LayerDecision(
-        name, (D, D), next(block.module.parameters()).dtype, zeros / max(1, total), "block", kernel, reason, **ms
-    )
+    dtype = weights[0].dtype if weights else next(block.module.parameters()).dtype
+    return LayerDecision(name, (D, D), dtype, zeros / max(1, total), "block", kernel, reason, **ms)
 
 
 def _mlp_decision(name: str, mlp: MLP | SparseMLP, kernel: str, reason: str) -> LayerDecision:
@@ -563,14 +567,21 @@ def _gains(ms: Mapping[str, dict[int, float]], name: str) -> dict[int, float]:
 
 
 def _implementations_text(layer: nn.Module, tokens: Sequence[int]) -> str:
-    """Which of its kernels a bitmap or sliced layer runs on a GPU, where there are several."""
-    if not isinstance(layer, SparseLinear) or (layer._lanes is None and layer._gather is None):
+    """Which of its kernels a packed layer runs on a GPU, where there are several."""
+    if not isinstance(layer, SparseLinear):
+        return ""
+    runs: Callable[..., str]
+    if layer._lanes is not None:
+        runs = partial(implementation_of_bitmap, gather=layer._gather is not None)
+    elif layer._gather is not None:
+        runs = implementation_of_sliced
+    elif layer._fragments is not None:
+        runs = implementation_of_nm
+    else:
         return ""
     names: dict[str, list[int]] = {}
     for M in tokens:
-        problem = (layer.values, layer.out_features, layer.in_features, M)
-        runs = sliced_runs(*problem) if layer._lanes is None else bitmap_runs(*problem, layer._gather is not None)
-        names.setdefault(runs, []).append(M)
+        names.setdefault(runs(layer.values, layer.out_features, layer.in_features, M), []).append(M)
     return "".join(f"; {name} at {' / '.join(map(str, some))}" for name, some in names.items())
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fasticl import _C
 from fasticl.architectures import TOLERANCE, Native, check_static_angles, parts_of
+from fasticl.layers import is_adapter
 from fasticl.ops._registry import DTYPES
 from fasticl.parallel import check_whole
 
@@ -48,7 +49,7 @@ class Decoder:
     Raises:
         TypeError: ``model`` is not such a module.
         ValueError: its architecture is not known, or computes something else; it is one process's part of a model
-            (:func:`fasticl.parallelize`); ``length`` is out of range.
+            (:func:`fasticl.parallelize`), or has adapters of PEFT that are not merged; ``length`` is out of range.
     """
 
     def __init__(self, model: Any, *, length: int | None = None, sequences: int = 1) -> None:
@@ -57,6 +58,8 @@ class Decoder:
         config: Any = model.config
         text = config.get_text_config()
         check_whole(model, "to decode with")
+        if adapter := next((name for name, module in model.named_modules() if is_adapter(module)), None):
+            raise ValueError(f"{adapter}: expected no adapter, got one of PEFT; call merge_and_unload()")
         if model.training:
             raise ValueError("model: expected evaluation mode, got training mode; call model.eval()")
         limit = getattr(text, "max_position_embeddings", LENGTH)
@@ -166,10 +169,11 @@ class Decoder:
             float32 ``[vocabulary]``, the logits of the token after it.
 
         Raises:
-            ValueError: there is no token, no room for all (``length``), or one that is not in the vocabulary; there is
-                no such sequence.
+            TypeError: ``tokens`` are no integers.
+            ValueError: there is no token, no room for all (``length``), or one that is not in the vocabulary; there are
+                several prompts; there is no such sequence.
         """
-        row = torch.as_tensor(tokens).reshape(-1)
+        row = _row(tokens)
         if not 0 <= sequence < len(self.positions):
             raise ValueError(f"sequence: expected 0 to {len(self.positions) - 1}, got {sequence}")
         first = self.positions[sequence] if append else 0
@@ -272,14 +276,14 @@ class Decoder:
             append: the prompt follows what was read and generated so far, as the next turn of a conversation.
 
         Raises:
-            ValueError: an argument is out of its range; see :meth:`prefill`.
+            TypeError, ValueError: an argument is out of its range; see :meth:`prefill`.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
         choose = _sampler(temperature, top_k, top_p, generator)
         ends = set(_end_tokens(self.model) if stop is None else stop)
         if append and self._unread is not None:
-            tokens = [self._unread, *torch.as_tensor(tokens).reshape(-1).tolist()]
+            tokens = [self._unread, *_row(tokens).tolist()]
         logits = self.prefill(tokens, append=append)
         return self._decode(logits, max_new_tokens, choose, ends)
 
@@ -335,6 +339,19 @@ class Decoder:
         if sequence == 0:
             self._unread = text[-1]
         return text[-1] in ends or len(text) == count or self.positions[sequence] == self.length
+
+
+def _row(tokens: Any) -> Tensor:
+    """``[n]``, of a prompt that is ``[n]`` or ``[1, n]``."""
+    try:
+        row = torch.as_tensor(tokens)
+    except (RuntimeError, TypeError, ValueError):  # text, or a tokenizer's whole output
+        raise TypeError(f"tokens: expected numbers (input_ids), got {type(tokens).__name__}") from None
+    if row.numel() and (row.is_floating_point() or row.is_complex() or row.dtype == torch.bool):
+        raise TypeError(f"tokens: expected integers, got {row.dtype}")
+    if row.dim() != 1 and (row.dim() != 2 or len(row) != 1):
+        raise ValueError(f"tokens: expected one prompt, [n] or [1, n], got {list(row.shape)}")
+    return row.reshape(-1)
 
 
 def _difference(logits: Tensor, expected: Tensor) -> float:

@@ -27,7 +27,7 @@ from fasticl.ops._registry import ACTIVATIONS
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-_UNREADABLE = "_fasticl_unreadable"
+_UNREADABLE, _CONVERSIONS = "_fasticl_unreadable", "_fasticl_conversions"
 _SPEC_KEYS = {"format", "shape", "pattern", "layout", "key"}
 
 
@@ -111,8 +111,8 @@ def _check_spec(name: str, spec: Any) -> None:
 class _Stored(nn.Module):
     """Receives the tensors of one packed weight, by the last part of their names, from transformers' loader."""
 
-    weight = torch.empty(0)  # GPT-2 initialises its projections' weights by name, and is told not to
-    _is_hf_initialized = True
+    weight = torch.empty(0)  # GPT-2 and Siglip initialise linears' weights by name, and are told not to
+    _is_hf_initialized = weight._is_hf_initialized = True  # type: ignore[attr-defined]
 
     def __init__(self, sizes: Mapping[str, list[int]], dtype: torch.dtype) -> None:
         super().__init__()
@@ -174,9 +174,11 @@ class FastICLQuantizer(HfQuantizer):
         elif layers or self.compress:
             config = FastICLConfig(checkpoint.layer_specs(layers), fused)
         else:
+            _keep_names(model, False)
             if hasattr(model.config, "quantization_config"):
                 del model.config.quantization_config
             return None, {}
+        _keep_names(model, self.format == QUANT_METHOD)
         model.config.quantization_config = config
         if isinstance(model.get_output_embeddings(), SparseLinear):
             model.config.tie_word_embeddings = False
@@ -403,6 +405,15 @@ def saving(model: Any, format: str, compress: bool = False) -> Iterator[None]:
             del model.hf_quantizer
         else:
             model.hf_quantizer = held
+
+
+def _keep_names(model: Any, keep: bool) -> None:
+    """transformers saves some classes under names of older versions; those in our config.json are the modules'."""
+    if keep:
+        model.__dict__.setdefault(_CONVERSIONS, getattr(model, "_weight_conversions", None))
+        model._weight_conversions = []
+    elif _CONVERSIONS in model.__dict__:
+        model._weight_conversions = model.__dict__.pop(_CONVERSIONS)
 
 
 def _untouched(model: Any) -> nn.Module:

@@ -51,6 +51,11 @@ def _is_conv1d(module: object) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")  # transformers, without importing it
 
 
+def is_adapter(module: nn.Module) -> bool:
+    """Whether it is a layer of PEFT: one of the model's own (``base_layer``), and weights that are added to it."""
+    return any(base.__name__ == "BaseTunerLayer" for base in type(module).__mro__)  # without importing peft
+
+
 def _layer(module: nn.Module, name: str) -> Layer:
     """The linear ``module``, which is called ``name``.
 
@@ -108,18 +113,23 @@ def split_by_block(blocks: Iterable[nn.Module], layers: Iterable[Layer]) -> tupl
 
 
 def default_filter(model: nn.Module) -> Filter:
-    """Accepts all but output embeddings, the one-row gate of Qwen2-MoE's shared expert, and the ``out_proj`` of
-    ``nn.MultiheadAttention``, which is never called.
+    """Accepts all but output embeddings, the one-row gate of Qwen2-MoE's shared expert, the matrices of adapters, and
+    the ``out_proj`` of ``nn.MultiheadAttention``, which is never called.
     """
     output = set()  # parameters that embed tokens or score the vocabulary
+    added = set[nn.Module]()
     for module in model.modules():
+        if is_adapter(module):
+            added.update(
+                part for name, child in module.named_children() if name != "base_layer" for part in child.modules()
+            )
         if isinstance(module, nn.Embedding):
             output.add(id(module.weight))
         elif callable(get := getattr(module, "get_output_embeddings", None)) and (head := get()) is not None:
             output.update(map(id, head.parameters()))
 
     def accept(module: nn.Module, name: str) -> bool:
-        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear) or module in added:
             return False
         return (
             name.rpartition(".")[2] not in ("lm_head", "shared_expert_gate")

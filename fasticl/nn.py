@@ -15,7 +15,7 @@ from fasticl.gather_layout import GatherLayout, derive_gather
 from fasticl.icl.model import FusedICLTransformer, ICLTransformer
 from fasticl.lane_stream import LaneStream, derive_lanes
 from fasticl.layers import is_linear
-from fasticl.ops._registry import check_activation, needs_grad
+from fasticl.ops._registry import apply_activation, check_activation, needs_grad
 from fasticl.sparse_fragments import derive_fragments
 
 __all__ = ["FusedICLTransformer", "ICLTransformer", "SparseLinear", "SparseMLP"]
@@ -318,6 +318,11 @@ class SparseMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         up, down, gate = self.up, self.down, self.gate
         parts = (up, down) if gate is None else (up, down, gate)
+        if any(not isinstance(part, nn.Linear | SparseLinear) or "forward" in vars(part) for part in parts):
+            # Adapters of PEFT, accelerate's offloading and the like, which were put in since, want to be called.
+            hidden = up(x) if gate is None else gate(x)
+            hidden = apply_activation(hidden, self.activation)
+            return down(hidden if gate is None else hidden * up(x))
         weights, biases = [_operands(part) for part in parts], [part.bias for part in parts]
         typed = [tensors[0] if scales is None else scales for tensors, scales in weights]
         if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):

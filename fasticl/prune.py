@@ -56,6 +56,7 @@ from fasticl.layers import (
     find_layers,
     find_neurons,
     fold_masks_,
+    is_adapter,
 )
 from fasticl.reconstruct import BlockCalls, reconstruct, reconstruct_layers_
 from fasticl.scores import N_OF_M, kth_smallest, row_blocks, scored, smallest_of_rows, zero_of_rows
@@ -264,16 +265,17 @@ def sparsify_(
             (``model(**x)``), already on the model's device. Unused by Magnitude and RouterNorm, needed by all others.
         filter_fn: ``(module, name) -> bool``, which layers may be pruned; a neuron or head goes only where it accepts
             all of the MLP's or attention's layers. Default: all but output embeddings (``lm_head``, and whatever shares
-            the weight of an ``nn.Embedding``), the gate of a shared expert, and the ``out_proj`` of
-            ``nn.MultiheadAttention``, which is never called. None with RouterNorm, whose layers stay of one size.
+            the weight of an ``nn.Embedding``), the gate of a shared expert, the matrices of PEFT's adapters, and the
+            ``out_proj`` of ``nn.MultiheadAttention``, which is never called. None with RouterNorm, whose layers stay of
+            one size.
         advance: called after each decoder block that SparseGPT has pruned.
 
     Returns:
         The zeros before and after, one row a pruned weight, or of RouterNorm an MoE layer.
 
     Warns:
-        UserWarning: for ``Magnitude(pattern="neuron")`` on gated MLPs, and where a layer's experts are one parameter
-            ``[E, N, K]``, not linears: all but RouterNorm leave them dense.
+        UserWarning: for ``Magnitude(pattern="neuron")`` on gated MLPs, where a layer's experts are one parameter
+            ``[E, N, K]``, not linears: all but RouterNorm leave them dense, and where PEFT's adapters are not merged.
 
     Raises:
         TypeError: for a model, config, batch or weight dtype that is not one of the above.
@@ -300,6 +302,12 @@ def sparsify_(
         warnings.warn(
             f"{type(config).__name__} prunes no experts that are one parameter [E, N, K]: {experts:,} weights stay "
             "dense. RouterNorm removes experts",
+            UserWarning,
+            stacklevel=2,
+        )
+    if any(map(is_adapter, model.modules())):
+        warnings.warn(
+            "merging adapters into pruned weights fills in their zeros: call merge_and_unload() first, or never",
             UserWarning,
             stacklevel=2,
         )

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from fasticl import formats
-from fasticl.layers import MLP, find_mlps, is_linear, join
+from fasticl.blocks import FusedHead
+from fasticl.layers import MLP, find_mlps, is_adapter, is_linear, join
 from fasticl.nn import SparseLinear, SparseMLP, dense_bias, dense_weight, frozen_linear
 from fasticl.ops._registry import ACTIVATIONS
 
@@ -74,7 +75,7 @@ def obstacle(name: str, linear: nn.Module, readers: Mapping[str, str], skip: Seq
         return f"{readers[name]} reads its weight without calling it"
     if has_hooks(linear):
         return "has hooks, or a forward of its own"
-    if isinstance(linear, nn.Linear) and type(linear).forward is not nn.Linear.forward:
+    if isinstance(linear, nn.Linear) and type(linear).forward not in (nn.Linear.forward, FusedHead.forward):
         return f"{type(linear).__name__} may compute more than a linear"
     dtype = linear.values.dtype if isinstance(linear, SparseLinear) else linear.weight.dtype
     return None if dtype in formats.DTYPES else f"dtype {dtype} has no kernel"
@@ -95,10 +96,17 @@ def has_hooks(module: nn.Module) -> bool:
 def weight_readers(model: nn.Module) -> dict[str, str]:
     """Names of layers whose weight a module's ``forward`` reads, with that module's class.
 
-    Such a layer is bypassed (as in nn.MultiheadAttention) or asked for what a packed one lacks (as in T5).
+    Such a layer is bypassed (as in nn.MultiheadAttention) or asked for what a packed one lacks (as in T5). Adapters of
+    PEFT read their matrices, and all but plain LoRA also the model's linear beneath.
     """
-    found = {}
+    found: dict[str, str] = {}
     for name, module in model.named_modules():
+        if is_adapter(module):
+            plain = type(module).__module__.startswith("peft.tuners.lora.") and not getattr(
+                module, "lora_variant", None
+            )
+            inside = [path for path, child in module.named_modules() if is_linear(child)]
+            found |= {join(name, path): "an adapter" for path in inside if not (plain and path == "base_layer")}
         forwards = [vars(base)["forward"] for base in type(module).__mro__ if "forward" in vars(base)]
         for path in set[str]().union(*map(_weights_read, forwards)):
             found[join(name, path)] = type(module).__name__

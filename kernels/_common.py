@@ -55,6 +55,13 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def halves(x, dtype: tl.constexpr):
+    """x as dtype, and what rounding cut off: products of both are as precise as x."""
+    rounded = x.to(dtype)
+    return rounded, (x - rounded.to(tl.float32)).to(dtype)
+
+
+@triton.jit
 def _popc(x):
     return tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fasticl import tuned
-from fasticl.kernels._common import OPTIONS, block, dot_precision, last_contiguous, matrix, relu
+from fasticl.kernels._common import OPTIONS, block, dot_precision, halves, last_contiguous, matrix, relu
 from fasticl.ops.attention_mlp import reference
 
 MAX_D = 8192  # a row of a prompt lies in the registers of one program
@@ -117,13 +117,6 @@ def attention_kernel(
 
 
 @triton.jit
-def _halves(x, dtype: tl.constexpr):
-    """x as dtype, and what rounding cut off: products of both are as precise as x."""
-    rounded = x.to(dtype)
-    return rounded, (x - rounded.to(tl.float32)).to(dtype)
-
-
-@triton.jit
 def queries_kernel(
     context_ptr, key_ptr, lengths_ptr, mixed_ptr, state_ptr, Q, L, d, splits, split_rows,
     context_stride_b, context_stride_l,
@@ -155,7 +148,7 @@ def queries_kernel(
         norm = tl.where(norm == 0, 1.0, norm)  # a power of two
         key = key / norm[:, None]
     if dtype != tl.float32:
-        key, key_rest = _halves(key, dtype)
+        key, key_rest = halves(key, dtype)
 
     largest = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
@@ -182,7 +175,7 @@ def queries_kernel(
         if dtype == tl.float32:
             mixed = tl.dot(weight, p, mixed, input_precision=PRECISION)
         else:
-            weight, rest = _halves(weight, dtype)
+            weight, rest = halves(weight, dtype)
             mixed = tl.dot(weight, p, mixed)
             mixed = tl.dot(rest, p, mixed)
         largest = top
@@ -258,7 +251,7 @@ def readout_kernel(
             if weights.dtype == tl.float32:
                 hidden = tl.dot(c, weights, hidden, input_precision=PRECISION)
             else:  # c stays as precise as the sums are
-                c, rest = _halves(c, weights.dtype)
+                c, rest = halves(c, weights.dtype)
                 hidden = tl.dot(c, weights, hidden)
                 hidden = tl.dot(rest, weights, hidden)
         readout = tl.load(a_ptr + neurons, mask=neurons < m, other=0.0).to(tl.float32)

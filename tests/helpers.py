@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Every byte of a guard. As float64, float32, float16 and bfloat16 it reads as NaN, so that a read past the end shows in
 # the result, as a write past it shows in the guard.
@@ -115,3 +115,32 @@ def save_tiny_model(folder: Path, *, chat_template: str | None = None) -> None:
     )
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
+
+
+class BaseTunerLayer(nn.Module):
+    """As the layers of PEFT that hold a linear and an adapter, by their class's name: ``base(x) + B A x``."""
+
+    def __init__(self, linear: nn.Linear, *, reads_weight: bool = False) -> None:
+        super().__init__()
+        self.base_layer, self.lora_variant = linear, {"default": "dora"} if reads_weight else {}
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(linear.in_features, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, linear.out_features, bias=False)})
+        self.to(linear.weight.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.lora_A["default"], self.lora_B["default"]
+        y = self.base_layer(x.to(a.weight.dtype)) + b(a(x))
+        if self.lora_variant:
+            return y * self.weight.square().sum(1).rsqrt()
+        return y
+
+
+BaseTunerLayer.__module__ = "peft.tuners.lora.layer"

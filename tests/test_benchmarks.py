@@ -28,6 +28,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import bench_attention_mlp  # noqa: E402
 import bench_bandwidth  # noqa: E402
 import bench_decoder  # noqa: E402
+import bench_decoder_block  # noqa: E402
 import bench_fused_mlp  # noqa: E402
 import bench_model  # noqa: E402
 import common  # noqa: E402
@@ -216,6 +217,17 @@ def test_attention_case(Q: int | None) -> None:
     assert ("fasticl+separate" in {row["impl"] for row in rows}) == (Q is not None)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("llama", [False, True], ids=["gpt2", "llama"])
+def test_decoder_block_case(llama: bool, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_decoder_block, "BLOCKS", {"tiny": (24, 4, 2 if llama else 4, 6, 16, llama)})
+    rows = common.measure(bench_decoder_block.block_case("tiny", batch, "bfloat16", "sweep", context=9), HERE, **QUICK)
+    check_rows(rows)
+    assert {(row["impl"], row["sparsity"]) for row in rows} == {
+        ("torch", "0"), ("torch_smaller", "0.5"), ("fasticl", "0"), ("fasticl", "0.5"),
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("library", ["plain", "transformers"])
 @pytest.mark.parametrize("step", [bench_model.prefill, bench_model.decode])
 def test_model_case(step: Callable[..., Callable[[], Tensor]], library: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,7 +284,7 @@ def test_model_bytes_count_packed_layers() -> None:
 def test_all_cases_are_distinct_and_cover_every_op() -> None:
     for arguments in ([], ["--quick"]):
         cases = run.selected(run.parse(arguments))
-        assert {case.op for case in cases} == set(run.OPS) - ({"model", "decoder"} if arguments else set())
+        assert {case.op for case in cases} == set(run.CPU_OPS) - ({"model", "decoder"} if arguments else set())
         tiers = [case.tier for case in cases]
         assert tiers == sorted(tiers)  # headline first
     assert {case.op for case in run.selected(run.parse(["--op", "nm_linear"]))} == {"nm_linear"}
@@ -463,7 +475,7 @@ def test_a_run_ends_in_time(
     arguments = ["--quick", "--threads", "1", "--out", str(tmp_path / "results.csv")]
     assert run.main([*arguments, "--minutes", "1e-6"]) == 0
     out = capsys.readouterr().out
-    assert "2 of 2 cases to measure, about " in out
+    assert "2 of 2 cases to measure" in out
     assert "past 0 s; run again for the rest" in out
     assert run.main(arguments) == 0
     assert {row["shape"] for row in common.read_rows(tmp_path / "results.csv")} == {"48x32", "other"}
@@ -484,7 +496,7 @@ def test_gpu_cases_cover_every_op() -> None:
         cases = run.selected(run.parse(["--device", "cuda", *arguments]))
         assert {case.op for case in cases} == set(run.OPS) - {"decoder"}
         assert cases[0].op == "bandwidth"  # ceilings first
-        assert run.estimate(cases, "cuda", 0.3) < 60 * run.GPU_MINUTES
+        assert run.estimate(cases, 0.3) < 60 * run.GPU_MINUTES
     batches = {case.batch for case in cases if case.op == "bitmap_linear"}
     assert (min(batches), max(batches)) == (1, 256)
     assert {case.op for case in run.selected(run.parse(["--device", "cuda", "--op", "nm_linear"]))} == {"nm_linear"}

@@ -135,6 +135,34 @@ def test_half_precision(dtype: torch.dtype, tolerance: float, calls: Calls) -> N
     assert error(found, expected) < tolerance
 
 
+@pytest.mark.parametrize(("name", "packs"), [("gemma3", True), ("gpt2", True), ("gemma3", False)])
+def test_norms_of_another_dtype(name: str, packs: bool, calls: Calls) -> None:
+    """What is left of a packed block's parameters then says nothing of what the block is given."""
+    model = make(name, torch.bfloat16)
+    for module in model.modules():
+        if "Norm" in type(module).__name__:
+            module.float()
+    model_fused = fused(prune(model) if packs else model)
+    tokens = torch.randint(1, 94, (1, 7))
+    calls.clear()
+    with torch.no_grad():
+        found, expected = decoded(model_fused, tokens), decoded(model, tokens)
+    assert calls[-3:] == [True] * 3
+    assert error(found, expected.double()) < 0.05
+
+
+def test_a_block_that_fails_is_left_as_it_is() -> None:
+    model = make("llama", torch.bfloat16)
+    model.model.norm.float()
+    model.model.layers[1].input_layernorm.float()  # Llama's then hands float32 on
+    report = fasticl.convert(prune(model), min_speedup=0)
+    assert report.converted
+    assert not report.fused_blocks
+    assert "model.layers.1 fails by itself" in report.blocks[0].reason
+    assert report.blocks[0].dtype == torch.bfloat16
+    assert not any(isinstance(module, blocks.FusedBlock) for module in report.model.modules())
+
+
 def decoded(model: Any, tokens: Tensor, **options: Any) -> Tensor:
     """Logits after the last token, which comes after the others by itself."""
     past = model(input_ids=tokens[:, :-1], use_cache=True).past_key_values
@@ -465,6 +493,9 @@ def test_heads_that_are_left_alone() -> None:
     report = fasticl.convert(packed, min_speedup=0, skip=())
     assert isinstance(report.model.get_output_embeddings(), SparseLinear)
     assert report.head is None
+    again = fasticl.convert(make("llama").bfloat16(), min_speedup=0).model
+    fasticl.convert(again, min_speedup=0, skip=(), values="int8")
+    assert isinstance(again.get_output_embeddings(), SparseLinear)  # by rows so far, and a linear like any other
     hooked = make("llama").bfloat16()
     hooked.lm_head.register_forward_hook(lambda *_: None)
     assert fasticl.convert(hooked, min_speedup=0).head is None

@@ -443,6 +443,31 @@ def test_transformers_own_save(tmp_path: Path) -> None:
         assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
 
 
+def test_a_class_with_names_of_older_versions(tmp_path: Path) -> None:
+    """Which transformers writes, while the names in config.json are those of the modules."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config={**sizes, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 90},
+        vision_config={**sizes, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4, image_token_index=80,
+    )  # fmt: skip
+    kind, tokens = transformers.Gemma3ForConditionalGeneration, torch.randint(70, (1, 7))
+    model = kind(config).eval()
+    fasticl.sparsify_(model, fasticl.Magnitude(0.5))
+    fasticl.convert(model, min_speedup=0)
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits
+    model.save_pretrained(tmp_path / "packed")
+    fasticl.save_pretrained(model, tmp_path / "foreign", format="sparse-bitmask")  # in which those names belong
+    fasticl.save_pretrained(model, tmp_path / "again")
+    assert any(name.startswith("language_model.model.") for name in read(tmp_path / "foreign"))
+    for folder in ("packed", "again"):
+        loaded = kind.from_pretrained(tmp_path / folder).eval()
+        assert packed(loaded).keys() == packed(model).keys()
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(input_ids=tokens).logits, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_smaller_file(tmp_path: Path) -> None:
     fasticl.save_pretrained(make("llama"), tmp_path / "dense")
     fasticl.save_pretrained(pruned(), tmp_path / "packed")

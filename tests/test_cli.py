@@ -115,6 +115,7 @@ def test_cases_cover_the_sparse_ops() -> None:
         ("demo", "--seed", "-1"),
         ("convert", "in"),
         ("convert", "in", "out", "--format", "csr"),
+        ("convert", "in", "out", "--compress", "--save-format", "sparse-bitmask"),
         ("prune", "in", "out", "--method", "luck", "--sparsity", "0.5"),
         ("prune", "in", "out", "--method", "wanda", "--sparsity", "0.5"),
         ("prune", "in", "out", "--method", "magnitude"),

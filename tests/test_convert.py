@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import assert_close_to_truth
+from helpers import BaseTunerLayer, assert_close_to_truth
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
@@ -824,6 +824,51 @@ def test_explain_of_a_converted_model() -> None:
     model = nn.Sequential(Custom())
     fasticl.convert(model)
     assert "already packed" in fasticl.explain(model)
+
+
+@pytest.mark.parametrize("reads_weight", [False, True])
+def test_adapters_are_left_alone(reads_weight: bool) -> None:
+    """Only the linear beneath plain LoRA is packed: what reads weights is given no packed ones."""
+    model = nn.Sequential(BaseTunerLayer(pruned_linear(32, 24), reads_weight=reads_weight), pruned_linear(24, 8)).eval()
+    with torch.no_grad():
+        model[0].lora_A["default"].weight[:, ::2] = 0
+    x = torch.randn(5, 32)
+    expected = model(x)
+    report = fasticl.convert(model, min_speedup=0)
+    kernels = {layer.name: layer.kernel != "dense" for layer in report.layers}
+    assert kernels == {
+        "0.base_layer": not reads_weight, "0.lora_A.default": False, "0.lora_B.default": False, "1": True,
+    }  # fmt: skip
+    assert "an adapter reads its weight" in next(layer.reason for layer in report.layers if "lora_A" in layer.name)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*Magnitude:UserWarning", "ignore:.*adapters.*:UserWarning")
+@pytest.mark.parametrize("kind", ["lora", "dora", "ia3", "loha"])
+@pytest.mark.parametrize("merged", [False, True])
+def test_adapters_of_peft(kind: str, merged: bool) -> None:
+    peft = pytest.importorskip("peft")
+    where = {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    config = {
+        "lora": lambda: peft.LoraConfig(r=4, init_lora_weights=False, **where),
+        "dora": lambda: peft.LoraConfig(r=4, init_lora_weights=False, use_dora=True, **where),
+        "ia3": lambda: peft.IA3Config(feedforward_modules=["down_proj"], init_ia3_weights=False, **where),
+        "loha": lambda: peft.LoHaConfig(r=2, init_weights=False, **where),
+    }[kind]()
+    llama = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=50
+    )
+    model = peft.get_peft_model(transformers.LlamaForCausalLM(llama), config).eval()
+    if merged:
+        model = model.merge_and_unload()
+    fasticl.sparsify_(model, fasticl.Magnitude(0.5))
+    tokens, expected = torch.randint(50, (2, 7)), copy.deepcopy(model)
+    report = fasticl.convert(model, min_speedup=0)
+    assert report.converted
+    assert bool(report.fused_blocks) == merged
+    with torch.no_grad():
+        found, wanted = (each(input_ids=tokens).logits for each in (report.model, expected))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

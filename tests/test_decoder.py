@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import BaseTunerLayer
 from torch import Tensor, nn
 
 import fasticl
@@ -355,6 +356,19 @@ def test_bad_arguments_are_refused(decoder: Decoder) -> None:
         decoder.prefill([3, 95])
     with pytest.raises(ValueError, match=r"tokens: expected 0 to 94, got -1"):
         decoder.step(-1)
+    for wrong, error, message in (
+        ([[1, 2], [3, 4]], ValueError, r"tokens: expected one prompt, \[n\] or \[1, n\], got \[2, 2\]"),
+        (1, ValueError, r"tokens: expected one prompt, \[n\] or \[1, n\], got \[\]"),
+        ([1.5, 2.0], TypeError, "tokens: expected integers, got torch.float32"),
+        ([True], TypeError, "tokens: expected integers, got torch.bool"),
+        ("text", TypeError, r"tokens: expected numbers \(input_ids\), got str"),
+        (transformers.BatchEncoding({"input_ids": [1, 2]}), TypeError, "tokens: expected numbers .* got BatchEncoding"),
+    ):
+        for call in (decoder.prefill, lambda tokens: decoder.generate(tokens, max_new_tokens=1)):
+            with pytest.raises(error, match=message):
+                call(wrong)
+        with pytest.raises(error, match=message):
+            decoder.generate_batch([wrong], max_new_tokens=1)
     decoder.position = -1
     with pytest.raises(ValueError, match=r"position: expected 0 to 7 \(length\), got -1"):
         decoder.step(1)
@@ -409,6 +423,10 @@ def test_models_that_it_cannot_run_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"layer 1: expected a weight of \[36, 60\] by its configuration, got \[36, 50"
     ):
+        Decoder(model)
+    model = make()
+    model.model.layers[1].self_attn.q_proj = BaseTunerLayer(model.model.layers[1].self_attn.q_proj)
+    with pytest.raises(ValueError, match=r"model.layers.1.self_attn.q_proj: expected no adapter, .* merge_and_unload"):
         Decoder(model)
     with pytest.raises(ValueError, match="norms before the layers"):
         Decoder(make("opt", do_layer_norm_before=False))

@@ -223,6 +223,39 @@ def test_programs_that_race_are_caught(kind: str, message: str | None) -> None:
                 racy_kernel[(2,)](x, out, KIND=kind, BLOCK=8)
 
 
+@triton.jit
+def last_program_kernel(parts_ptr, count_ptr, out_ptr, KIND: tl.constexpr, PROGRAMS: tl.constexpr):
+    """The last of the programs adds up what all have stored."""
+    program, every = tl.program_id(0), tl.arange(0, PROGRAMS)
+    if KIND != "stored late":
+        tl.store(parts_ptr + program, program + 1)
+    if KIND == "read early":
+        total = tl.sum(tl.load(parts_ptr + every), 0)
+    counter_ptr = count_ptr + program if KIND == "counters of their own" else count_ptr
+    if KIND == "relaxed":
+        before = tl.atomic_add(counter_ptr, 1, sem="relaxed")
+    else:
+        before = tl.atomic_add(counter_ptr, 1)
+    if KIND == "stored late":
+        tl.store(parts_ptr + program, program + 1)
+    if before == PROGRAMS - 1 or (KIND == "counters of their own" and program == PROGRAMS - 1):
+        if KIND != "read early":
+            total = tl.sum(tl.load(parts_ptr + every), 0)
+        tl.store(out_ptr, total)
+
+
+@pytest.mark.parametrize("kind", ["right", "relaxed", "stored late", "read early", "counters of their own"])
+def test_atomics_order_what_is_stored_before_and_read_after_them(kind: str) -> None:
+    parts, counts, out = (torch.zeros(n, dtype=torch.int32) for n in (4, 4, 1))
+    with checked():
+        if kind == "right":
+            last_program_kernel[(4,)](parts, counts, out, KIND=kind, PROGRAMS=4)
+            assert out.item() == 10
+        else:
+            with pytest.raises(RaceError, match="write and read"):
+                last_program_kernel[(4,)](parts, counts, out, KIND=kind, PROGRAMS=4)
+
+
 def test_unchecked_launches_are_not_watched() -> None:
     out = torch.zeros(24, dtype=torch.int32)
     racy_kernel[(2,)](out, out, KIND="write", BLOCK=8)

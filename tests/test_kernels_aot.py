@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this process", allow_module_level=True)
 
-from fasticl.kernels import attention_mlp, bitmap_linear, fused_mlp, nm_linear, sliced_linear
+from fasticl.kernels import attention_mlp, bitmap_linear, decoder_block, fused_mlp, nm_linear, sliced_linear
 from fasticl.testing.aot import Binary, compiling
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -189,6 +189,60 @@ def test_attention_mlp_for_amd(dtype: torch.dtype, Q: int | None, d: int) -> Non
         assert MFMA.search(found[name].sass)
 
 
+def block(B: int, d: int, H: int, G: int, D: int, L: int, m: int, dtype: torch.dtype, *, llama: bool) -> list[object]:
+    def tensor(*size: int, there: bool = True) -> torch.Tensor | None:
+        return empty(*size, dtype=dtype) if there else None
+
+    heads, angles = (H + 2 * G) * D, empty(L, D // 2, dtype=F32) if llama else None
+    biases = [tensor(n, there=not llama and n > 0) for n in (d, heads, d, d, m, 0, d)]
+    return [
+        tensor(B, d), tensor(B, G, L, D), tensor(B, G, L, D), empty(B, dtype=torch.int64), angles, angles, tensor(d),
+        tensor(heads, d), tensor(d, H * D), tensor(d), tensor(m, d), tensor(d, m), "silu" if llama else "gelu_tanh",
+        1e-5, tensor(m, d, there=llama), *biases, not llama,
+    ]  # fmt: skip
+
+
+BLOCKS = {"llama-3.2-1b": (2048, 32, 8, 64, 4096, 8192), "gpt2": (768, 12, 12, 64, 1024, 3072)}
+
+
+@archs
+@pytest.mark.parametrize(
+    ("model", "dtype", "B"), [("llama-3.2-1b", BF16, 1), ("llama-3.2-1b", BF16, 8), ("gpt2", BF16, 1), ("gpt2", F32, 1)]
+)
+def test_decoder_block(arch: int, model: str, dtype: torch.dtype, B: int) -> None:
+    """Five launches; weights and cache come 16 bytes at a time, several of them at once."""
+    arguments = block(B, *BLOCKS[model], dtype, llama=model != "gpt2")
+    with compiling(arch) as binaries:
+        decoder_block.launch(*arguments)
+    qkv, attention, *others = binaries
+    assert [binary.kernel for binary in binaries] == ["linear_kernel", "attention_kernel", *["linear_kernel"] * 3]
+    for binary in binaries:
+        binary.check()
+    for linear in (qkv, *others):
+        if B == 1:  # two tiles at once, of which the first is asked for before x is waited for
+            assert len(re.findall(r"\bLDG\S*\.128\b", linear.sass)) >= 3
+            assert not linear.count("LDGSTS")
+        else:
+            assert len(re.findall(r"\bLDGSTS\S*\.128\b", linear.sass)) >= 12
+            assert linear.count("HMMA")
+    assert len(re.findall(r"\bLDGSTS\S*\.128\b", attention.sass)) >= 8
+    if dtype == BF16:
+        assert attention.count("HMMA")
+    # Each split's results are there before its atomic, and read anew after it.
+    atomic = attention.sass.index("ATOMG")
+    assert "MEMBAR" in attention.sass[:atomic]
+    assert "BAR.SYNC" in attention.sass[:atomic]
+    assert "CCTL.IVALL" in attention.sass[atomic:]
+
+
+def test_decoder_block_of_any_number_of_neurons() -> None:
+    """Rows of down begin anywhere then, in halves of a word."""
+    with compiling(90) as binaries:
+        decoder_block.launch(*block(1, *BLOCKS["gpt2"][:-1], 1535, BF16, llama=False))
+    for binary in binaries:
+        binary.check()
+
+
 def test_sizes_of_one_compile() -> None:
     """Triton makes arguments of value one constants, whose types differ from those of tensors."""
     x, weight, mask = empty(1, 1, dtype=F32), empty(1, 1, dtype=F32), empty(1, 1, dtype=torch.uint8)
@@ -202,3 +256,5 @@ def test_sizes_of_one_compile() -> None:
     compiled(80, nm_linear.launch, x.expand(2, 1), vector, mask, None, "relu")
     compiled(80, sliced_linear.launch, x, vector, mask, offsets, vector, steps, slices, order, vector, None)
     compiled(80, fused_mlp.launch, x, [weight], [weight], None, vector, None, None, None)
+    compiled(80, decoder_block.launch, *block(1, 1, 1, 1, 1, 1, 1, F32, llama=False))
+    compiled(80, decoder_block.launch, *block(2, 1, 1, 1, 2, 1, 1, F32, llama=True))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_close_to_truth
+from helpers import BaseTunerLayer, assert_close_to_truth
 from linear_cases import exact_in_int8
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -678,6 +678,23 @@ def test_mlp_gradients_and_autocast() -> None:
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         assert sparse(x).dtype == dense(x).dtype == torch.bfloat16
         assert sparse(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("change", ["adapter", "forward"])
+def test_what_is_put_into_an_mlp_is_called(change: str, gated: bool) -> None:
+    mlp = SparseMLP.from_linears(
+        nn.Linear(K, 20), nn.Linear(20, N), nn.Linear(K, 20) if gated else None, activation="gelu"
+    )
+    up, x = mlp.up, torch.randn(3, K)
+    if change == "adapter":
+        mlp.up = changed = BaseTunerLayer(up)
+    else:  # as accelerate does it to layers whose weights are elsewhere
+        forward = up.forward
+        up.forward = changed = lambda x: 2 * forward(x)
+    with torch.no_grad():
+        hidden = nn.functional.gelu(mlp.gate(x)) * changed(x) if gated else nn.functional.gelu(changed(x))
+        torch.testing.assert_close(mlp(x), mlp.down(hidden), rtol=1e-5, atol=1e-5)
 
 
 def test_mlp_refuses_other_parts_and_inputs() -> None:

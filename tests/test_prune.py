@@ -9,6 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from helpers import BaseTunerLayer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -756,3 +757,11 @@ def test_gradients_and_optimizers_keep_their_parameters():
     assert parameter.is_leaf
     layer(torch.ones(1, 8)).sum().backward()
     assert parameter.grad is not None
+
+
+def test_adapters_are_not_pruned():
+    model = nn.Sequential(BaseTunerLayer(nn.Linear(8, 8)))
+    with pytest.warns(UserWarning, match="call merge_and_unload"):
+        report = sparsify_(model, Magnitude(0.5))
+    assert [layer.name for layer in report.layers] == ["0.base_layer"]
+    assert detect_pattern(model[0].lora_A["default"].weight) == "dense"

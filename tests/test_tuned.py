@@ -21,6 +21,7 @@ from fasticl.convert import _implementations_text
 from fasticl.gather_layout import to_gather
 from fasticl.lane_stream import to_lanes
 from fasticl.ops.bitmap_linear import implementation
+from fasticl.sparse_fragments import to_fragments
 
 BF16 = torch.bfloat16
 ON_GPU: Any = SimpleNamespace(is_cuda=True, get_device=lambda: 0, dtype=BF16)
@@ -102,7 +103,7 @@ def test_writing_keeps_other_problems(tmp_path: Path) -> None:
     assert tuned.read(path) == table
 
 
-def problem(call: Callable[[dict[str, Any]], Tensor], op: str = "nm_linear", dtype: torch.dtype = BF16) -> tune.Problem:
+def problem(call: Callable[[dict[str, Any]], Tensor], op: str = "fused_mlp", dtype: torch.dtype = BF16) -> tune.Problem:
     """Its result depends on the configuration in force."""
     return tune.Problem(op, 4096, 4096, 8, dtype, 0.5, lambda: [lambda: call(dict(tuned._forced[op]))])
 
@@ -119,12 +120,12 @@ RESULT = torch.linspace(-1, 1, 99).to(BF16)
 
 def test_the_fastest_combination_wins() -> None:
     def ms(config: dict[str, Any]) -> float:
-        return 1 - 0.2 * (config.get("BLOCK_N") == 64) - 0.3 * (config.get("num_warps") == 8)
+        return 1 - 0.2 * (config.get("BLOCK_H") == 64) - 0.3 * (config.get("num_warps") == 8)
 
     entry = tune.search(problem(lambda config: RESULT), clock(ms))
-    assert {name: entry["config"][name] for name in ("BLOCK_N", "num_warps")} == {"BLOCK_N": 64, "num_warps": 8}
+    assert {name: entry["config"][name] for name in ("BLOCK_H", "num_warps")} == {"BLOCK_H": 64, "num_warps": 8}
     assert (entry["ms"], entry["default_ms"]) == (0.5, 1.0)
-    tuned.check("", "nm_linear", entry["config"])
+    tuned.check("", "fused_mlp", entry["config"])
 
 
 @pytest.mark.parametrize(("gain", "wins"), [(0.02, False), (0.04, True)])
@@ -196,6 +197,12 @@ def test_explain_says_which_implementation_runs() -> None:
         layer = fasticl.nn.SparseLinear.from_linear(linear, format)
         layer._lanes, layer._gather = (to_lanes(layer.packed) if format == "bitmap" else None), to_gather(layer.packed)
         assert _implementations_text(layer, (1, 8, 16)) == f"; CUDA C++ (gather) at 1 / 8; {other} at 16"
+    linear.weight.data.view(-1, 4)[:, :2] = 0
+    layer = fasticl.nn.SparseLinear.from_linear(linear, "nm")
+    layer._fragments = to_fragments(layer.packed)
+    assert _implementations_text(layer, (1, 64, 65)) == "; CUDA C++ at 1 / 64; Triton at 65"
+    with tuned.forced("nm_linear", {"implementation": "Triton"}):
+        assert _implementations_text(layer, (1, 64)) == "; Triton at 1 / 64"
 
 
 def test_a_configuration_reaches_its_launch(monkeypatch: pytest.MonkeyPatch) -> None:

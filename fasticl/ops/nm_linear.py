@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fasticl import _C, sparse_fragments
+from fasticl import _C, sparse_fragments, tuned
 from fasticl.formats import PackedWeight
 from fasticl.ops import _linear
 from fasticl.ops import _registry as registry
@@ -86,16 +86,16 @@ def cuda(
     x: Tensor, values: Tensor, bitmask: Tensor | None, bias: Tensor | None, activation: str | None,
     scales: Tensor | None = None, fragments: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Who computes: C++ for up to 64 tokens and a weight that has ``fragments`` (fasticl/sparse_fragments.py), the
-    reference for int8 values, Triton for all else: more tokens, other patterns, float32, an extension not built.
+    """Who computes: the reference for int8 values; :func:`implementation` of a weight that has ``fragments``
+    (fasticl/sparse_fragments.py); Triton for all else: other patterns, float32, an extension not built.
     """
     if scales is not None:
         return reference(x, values, bitmask, bias, activation, scales)
-    if fragments is None or math.prod(x.shape[:-1]) > sparse_fragments.MAX_TOKENS:
+    N, K = values.shape[0] if bitmask is None else bitmask.shape[0], x.shape[-1]
+    if fragments is None or implementation(values, N, K, math.prod(x.shape[:-1])) == "Triton":
         return _triton(x, values, bitmask, bias, activation)
     if x.dtype not in sparse_fragments.DTYPES:
         raise TypeError(f"nm_linear: x: expected dtype bfloat16 or float16 with fragments, got {x.dtype}")
-    N, K = values.shape[0] if bitmask is None else bitmask.shape[0], x.shape[-1]
     expected = (-(-N // sparse_fragments.STRIP), -(-K // sparse_fragments.CHUNK), sparse_fragments.RECORD)
     registry.check_shape("nm_linear: fragments", fragments, expected)
     x2, M, stride = registry.rows(x)
@@ -107,6 +107,14 @@ def cuda(
         y.data_ptr(), N, registry.DTYPES[x.dtype], device, current_stream,
     )  # fmt: skip
     return y
+
+
+def implementation(values: Tensor, N: int, K: int, M: int) -> str:
+    """What computes for M tokens on a GPU, of a weight with fragments: "CUDA C++", or "Triton" for more tokens than
+    that takes, and where its table found that faster.
+    """
+    found = tuned.lookup("nm_linear", values, N, K, M, values.numel() / max(1, N * K))
+    return "Triton" if M > sparse_fragments.MAX_TOKENS or found.get("implementation") == "Triton" else "CUDA C++"
 
 
 _triton = registry.by_triton("nm_linear", reference)

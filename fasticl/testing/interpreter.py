@@ -95,11 +95,15 @@ def to_tf32(x: np.ndarray) -> np.ndarray:
 
 @dataclass
 class _Access:
-    """Lanes of one load or store: where they begin, how many bytes each takes, and the program."""
+    """Lanes of one load or store: where they begin, how many bytes each takes, and the program.
+
+    ``time``: how many ordering atomics the launch had done before.
+    """
 
     addresses: np.ndarray
     size: int
     program: int
+    time: int
 
     def bytes(self) -> np.ndarray:
         return (np.unique(self.addresses)[:, None] + np.arange(self.size, dtype=np.uint64)).ravel()
@@ -113,6 +117,7 @@ class _Memory:
     ends: np.ndarray
     reads: list[_Access] = field(default_factory=list)
     writes: list[_Access] = field(default_factory=list)
+    atomics: list[tuple[int, set[int]]] = field(default_factory=list)  # that order: programs and addresses
     outside: list[str] = field(default_factory=list)
 
     @classmethod
@@ -137,9 +142,12 @@ class _Memory:
                 )
             mask = mask & inside
             addresses = pointers.data[mask]
-        if addresses.size and kind != "atomic":
-            number = (program[0] << 42) + (program[1] << 21) + program[2]
-            (self.writes if kind == "store" else self.reads).append(_Access(addresses, size, number))
+        number = (program[0] << 42) + (program[1] << 21) + program[2]
+        if kind == "ordering atomic":
+            self.atomics.append((number, set(addresses.tolist())))
+        elif addresses.size and kind != "atomic":
+            access = _Access(addresses, size, number, len(self.atomics))
+            (self.writes if kind == "store" else self.reads).append(access)
         return mask
 
     def _inside(self, first: np.ndarray, last: np.ndarray, size: int) -> np.ndarray:
@@ -157,19 +165,35 @@ class _Memory:
             raise OutOfBoundsError("\n".join(self.outside[:10]))
         if not self.writes:
             return
-        writes, writers = _by_address(self.writes)
+        writes, by = _by_address(self.writes)
+        writers = np.array([access.program for access in self.writes])[by]
         clash = (writes[1:] == writes[:-1]) & (writers[1:] != writers[:-1])
         if clash.any():
             i = int(clash.argmax())
             self._race("both write", writes[i], writers[i], writers[i + 1], clash)
         near = [r for r in self.reads if r.addresses.min() <= writes[-1] and r.addresses.max() + 8 > writes[0]]
         if near:
-            reads, readers = _by_address(near)
-            found = np.searchsorted(writes, reads).clip(max=writes.size - 1)
+            reads, read_by = _by_address(near)
+            readers = np.array([access.program for access in near])[read_by]
+            found = np.searchsorted(writes, reads, side="right") - 1  # the last write there
             clash = (writes[found] == reads) & (writers[found] != readers)
+            pairs = np.stack([by[found], read_by], 1)
+            for write, read in np.unique(pairs[clash], axis=0) if self.atomics else ():
+                if self._ordered(self.writes[write], near[read]):
+                    clash &= (pairs != (write, read)).any(1)
             if clash.any():
                 i = int(clash.argmax())
                 self._race("write and read", reads[i], writers[found[i]], readers[i], clash)
+
+    def _ordered(self, write: _Access, read: _Access) -> bool:
+        """Whether the writer's atomic after the write was followed by the reader's, on one address, before the read."""
+        told: set[int] = set()
+        for program, addresses in self.atomics[write.time : read.time]:
+            if program == write.program:
+                told |= addresses
+            elif program == read.program and told & addresses:
+                return True
+        return False
 
     def _race(self, what: str, address: int, first: int, second: int, clash: np.ndarray) -> None:
         programs = [(int(p) >> 42, int(p) >> 21 & 0x1FFFFF, int(p) & 0x1FFFFF) for p in (first, second)]
@@ -182,12 +206,12 @@ def _span(t: torch.Tensor) -> int:
 
 
 def _by_address(accesses: list[_Access]) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes by address, and the program of each."""
-    touched = [(access.bytes(), access.program) for access in accesses]
-    addresses = np.concatenate([a for a, _ in touched])
-    programs = np.concatenate([np.full(a.size, p, np.int64) for a, p in touched])
-    order = np.lexsort((programs, addresses))
-    return addresses[order], programs[order]
+    """Bytes by address, and which access touched each; of one address by program, then in time."""
+    touched = [access.bytes() for access in accesses]
+    addresses = np.concatenate(touched)
+    by = np.repeat(np.arange(len(accesses)), [a.size for a in touched])
+    order = np.lexsort((by, np.array([access.program for access in accesses])[by], addresses))
+    return addresses[order], by[order]
 
 
 _checking = False
@@ -199,7 +223,9 @@ def checked() -> Iterator[None]:
     """Within it a launch raises :class:`OutOfBoundsError` or :class:`RaceError` at its end.
 
     An access out of bounds is reported and not done. Bounds are those of the tensors that the launch was given; gaps
-    between the rows of a view count as inside. Atomics race with nothing.
+    between the rows of a view count as inside. Atomics race with nothing; what one program wrote before an atomic of
+    acquire and release, another may read after its own on the same address. That a barrier parts a program's stores
+    from such an atomic is not seen.
     """
     global _checking
     before, _checking = _checking, True
@@ -367,8 +393,9 @@ def _watch_memory() -> None:
     def masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **options: Any) -> Any:
         return store(self, pointers, value, seen(self, "store", pointers, mask), *rest, **options)
 
-    def atomic_rmw(self: Any, operation: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        return atomic(self, operation, pointers, value, seen(self, "atomic", pointers, mask), *rest)
+    def atomic_rmw(self: Any, operation: Any, pointers: Any, value: Any, mask: Any, semantic: Any, scope: Any) -> Any:
+        kind = "ordering atomic" if semantic == base._ir.MEM_SEMANTIC.ACQUIRE_RELEASE else "atomic"
+        return atomic(self, operation, pointers, value, seen(self, kind, pointers, mask), semantic, scope)
 
     builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
     builder.create_atomic_rmw = atomic_rmw
