@@ -9,8 +9,8 @@
 // computed); sm_80 has none, and would need what is here besides.
 //
 // The workspace is allocated for each call, so that calls on several streams share nothing, and a CUDA graph keeps that
-// of each call that it captured. What it holds does not matter: arrive() tells counts from whatever else is there.
-// Counters set to zero in advance would be wanted by two streams at once, or be one more kernel to launch.
+// of each call that it captured. What it holds does not matter: arrive() tells this launch's counts from whatever else
+// is there. Counters set to zero in advance would be wanted by two streams at once, or be one more kernel to launch.
 //
 // Budget. A warp's shared memory is kWarpBytes = 18 KiB: three blocks of four warps fill an sm_90 multiprocessor
 // (227 KiB), two fill one of sm_80 (163 KiB). At density d a warp has `depth` chunks of about 2048 d + 128 bytes under
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 2)  // at most 12 warps fit: 1
   float* const partial =
       reinterpret_cast<float*>(counts + p.strips * p.token_tiles) + static_cast<int64_t>(shared_by) * p.blocks * kSums;
   for (int i = threadIdx.x; i < kSums; i += blockDim.x) partial[block * kSums + i] = add_warps(i);
-  if (!comes_last(counts + shared_by, p.blocks)) return;
+  if (!comes_last(counts + shared_by, p.blocks, p.counts)) return;
   for (int i = threadIdx.x; i < kSums; i += blockDim.x) {
     float sum = 0.0f;
     for (int b = 0; b < p.blocks; ++b) sum += partial[b * kSums + i];
@@ -246,6 +246,7 @@ void run(const BitmapLinearCuda& p, int warps, int device, uintptr_t stream) {
 template <class T>
 void run(BitmapLinearCuda p, int warps, int device, uintptr_t stream) {
   p.token_tiles = static_cast<int>(token_tiles_of(p.M));
+  p.counts = counts_of_a_launch();
   p.x_vectors = reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && (p.M == 1 || p.x_stride % 8 == 0);
   switch (tiles_of(p.M)) {
     case 1:

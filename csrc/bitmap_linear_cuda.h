@@ -39,7 +39,8 @@ struct BitmapLinearCuda {
   int64_t y_stride;
   int blocks;       // that share a strip's K
   void* workspace;  // bitmap_linear_workspace() bytes aligned to 8, whatever they hold
-  bool x_vectors;   // rows of x begin at multiples of 16 bytes
+  unsigned long long counts;
+  bool x_vectors;  // rows of x begin at multiples of 16 bytes
   int token_tiles;
 };
 

@@ -1,6 +1,7 @@
 // What CUDA kernels are written in: PTX instructions that C++ has no name for, conversions, activations, launching.
 // Compiled by nvcc, or, with the twins in testing/cuda_on_cpu.h, by a C++ compiler for tests without a GPU.
 #pragma once
+#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -201,32 +202,36 @@ void launch(const char* what, void (*kernel)(Parameters...), int64_t blocks, int
 
 // ---- blocks that meet ---------------------------------------------------------------------------------------
 
-// Bits 8 to 63 of a word that counts; chosen at random, so that no other data are taken for them (once in 2^56).
-constexpr unsigned long long kCounts = 0x9d3f'71c6'e8a2'5b00;
+// Bits 8 to 63 of a launch's words that count; bits 0 to 7 are the count. Another for each launch, so that neither what
+// a launch that was broken off has left nor other data (but once in 2^56) are taken for them.
+inline unsigned long long counts_of_a_launch() {
+  static std::atomic<unsigned long long> launches{0};
+  return ++launches * 0x9e37'79b9'7f4a'7c15 << 8;
+}
 
 // How many threads have come to the word, this one included. It counts from 0 whatever it held, as long as that was no
-// count: the last to come leaves 0.
-FASTICL_DEVICE int arrive(unsigned long long* word) {
-  unsigned long long seen = kCounts;
+// count of this launch: the last to come leaves 0.
+FASTICL_DEVICE int arrive(unsigned long long* word, unsigned long long zero) {
+  unsigned long long seen = zero;
   for (;;) {
-    const unsigned long long before = (seen & ~0xffull) == kCounts ? seen : kCounts;
+    const unsigned long long before = (seen & ~0xffull) == zero ? seen : zero;
     const unsigned long long found = atomicCAS(word, seen, before + 1);
     if (found == seen) return static_cast<int>(before & 0xff) + 1;
     seen = found;
   }
 }
 
-// Whether this block is the last of `blocks` to come to the word, whatever it held before, once in a launch: it reads
-// what the others wrote before they came. Called by all threads.
-FASTICL_DEVICE bool comes_last(unsigned long long* word, int blocks) {
+// Whether this block is the last of `blocks` to come to the word, whatever it held before, once in a launch, whose
+// counts_of_a_launch() is `zero`: it reads what the others wrote before they came. Called by all threads.
+FASTICL_DEVICE bool comes_last(unsigned long long* word, int blocks, unsigned long long zero) {
   // Writes of all threads, barrier, fence, count; count, fence, barrier, reads of all threads.
   __syncthreads();
   bool is_last = false;
   if (threadIdx.x == 0) {
     __threadfence();
-    is_last = arrive(word) == blocks;
+    is_last = arrive(word, zero) == blocks;
     __threadfence();
-    if (is_last) *word = kCounts;  // for the next replay of a CUDA graph
+    if (is_last) *word = zero;  // for the next replay of a CUDA graph, which has the launch's parameters
   }
   return __syncthreads_or(is_last);
 }

@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(kThreads, 1) sliced_linear_kernel(const Sliced
   }
   if (p.shares == 1) return;
 
-  if (!comes_last(counts + block, p.shares)) return;
+  if (!comes_last(counts + block, p.shares, p.counts)) return;
   const int64_t sums_end = place((block + 1) * p.warps) * group_sums;
   for (int64_t i = place(block * p.warps) * group_sums + threadIdx.x; i < sums_end; i += kThreads) {
     const int token = static_cast<int>(i % kTokens), row = p.row_order[i / kTokens];
@@ -286,6 +286,7 @@ template <class T>
 void run(SlicedLinearCuda p, int device, uintptr_t stream) {
   const auto both = reinterpret_cast<uintptr_t>(p.x) | (p.M == 1 ? 0 : static_cast<uintptr_t>(p.x_stride) * 2);
   p.x_words = both % 4 == 0;
+  p.counts = counts_of_a_launch();
   switch (width_of(p.M)) {
     case 1:
       return run<T, 1>(p, device, stream);

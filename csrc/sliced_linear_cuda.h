@@ -32,7 +32,8 @@ struct SlicedLinearCuda {
   void* y;  // [M, N]
   int64_t y_stride;
   void* workspace;  // sliced_linear_workspace() bytes aligned to 8, whatever they hold
-  bool x_words;     // two columns of x, the first of even index, are a word
+  unsigned long long counts;
+  bool x_words;  // two columns of x, the first of even index, are a word
 };
 
 // What blocks of several shares need to meet, in bytes: none where there is one share.

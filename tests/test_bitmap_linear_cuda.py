@@ -262,6 +262,20 @@ def test_what_the_workspace_held_does_not_matter(kernels: Kernels, kind: str) ->
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+def test_counts_of_a_launch_that_was_broken_off_do_not_matter(kernels: Kernels) -> None:
+    weight, x = pruned(40, 700, 0.5), torch.randn(8, 700).bfloat16().to(kernels.device)
+    lanes = to_lanes(fasticl.pack(weight, "bitmap").to(kernels.device), 4, 2)
+    workspace = kernels.workspace(8, lanes)
+    counts = workspace[: len(lanes.masks) * 8].view(torch.int64)
+    expected = torch.empty(8, 40, dtype=x.dtype, device=kernels.device)
+    kernels(x, lanes, expected, workspace=workspace)
+    counts += 1  # as if one block of each strip had come, and the other had not
+    workspace[len(counts) * 8 :] = 0xFF
+    y = torch.empty_like(expected)
+    kernels(x, lanes, y, workspace=workspace)
+    assert torch.equal(y, expected)
+
+
 def test_one_block_a_strip_takes_no_workspace(kernels: Kernels) -> None:
     for M, strips, blocks, expected in [
         (8, 5, 1, 0),

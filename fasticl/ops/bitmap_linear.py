@@ -120,8 +120,8 @@ def cuda(
     bias = registry.contiguous(bias)
     y = x.new_empty((*x.shape[:-1], N))
     workspace = None  # from torch's allocator, whose memory no other stream has and a CUDA graph keeps
-    if blocks > 1:  # zeroed: of a launch that was broken off, counts may have stayed in that memory
-        workspace = x.new_zeros(_C_cuda.bitmap_linear_workspace(M, strips, blocks), dtype=torch.uint8)
+    if blocks > 1:
+        workspace = x.new_empty(_C_cuda.bitmap_linear_workspace(M, strips, blocks), dtype=torch.uint8)
     device, current_stream = registry.cuda_stream(x)
     _C_cuda.bitmap_linear(
         x2.data_ptr(), M, stride, lane_values.data_ptr(), masks.data_ptr(), starts.data_ptr(), row_order.data_ptr(),
@@ -146,7 +146,7 @@ def gather_cuda(
     y = x.new_empty((*x.shape[:-1], N))
     workspace = None  # as the lane stream's
     if shares > 1:
-        workspace = x.new_zeros(_C_cuda.sliced_linear_workspace(M, groups, shares, blocks), dtype=torch.uint8)
+        workspace = x.new_empty(_C_cuda.sliced_linear_workspace(M, groups, shares, blocks), dtype=torch.uint8)
     device, current_stream = registry.cuda_stream(x)
     _C_cuda.sliced_linear(
         x2.data_ptr(), M, stride, records.data_ptr(), starts.data_ptr(), row_order.data_ptr(), groups, x.shape[-1],
