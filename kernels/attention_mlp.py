@@ -320,11 +320,11 @@ def launch(context: Tensor, query: Tensor, A: Tensor, W: Tensor, a: Tensor, leng
             STAGES=found.get("STAGES", 3), UNIT=unit, num_warps=warps, **OPTIONS,
         )  # fmt: skip
     if not one_launch:
-        rows = 16 if W.dtype == torch.float32 or narrow else min(block_n, 32)  # of more, float32 sums spill on sm_80
+        # Of more rows or columns, float32 sums spill on sm_80.
+        rows, columns = (16, 16) if W.dtype == torch.float32 else (16 if narrow else min(block_n, 32), step)
         readout_kernel[(triton.cdiv(N, rows),)](
             mixed, state, W, a, out, N, d, m, splits, W.stride(0),
-            PRECISION=precision, BLOCK_N=rows, BLOCK_M=step, STEP=16 if narrow and step == 32 else step, num_warps=4,
-            **OPTIONS,
+            PRECISION=precision, BLOCK_N=rows, BLOCK_M=step, STEP=columns, num_warps=4, **OPTIONS,
         )  # fmt: skip
     return out
 
