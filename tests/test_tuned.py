@@ -206,7 +206,7 @@ def test_explain_says_which_implementation_runs() -> None:
 
 
 def test_a_configuration_reaches_its_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     from fasticl.kernels import _packed, attention_mlp, fused_mlp, sliced_linear
 
     launched: list[tuple[tuple[int, ...], dict[str, Any]]] = []

@@ -12,7 +12,7 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6")
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 if INTERPRETED:

@@ -22,6 +22,7 @@ LIBRARY = torch.library.Library("fasticl", "DEF")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/types.h
 VALUE_DTYPES = {**DTYPES, torch.int8: 3}  # of a weight's values
 MIN_CAPABILITY = (8, 0)  # of a card that runs the Triton kernels: bfloat16 and asynchronous copies
+MIN_TRITON = (3, 6)  # the oldest release with which the kernels are tested
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}  # as in csrc/types.h
 
 REFERENCE = "reference (PyTorch)"
@@ -95,11 +96,13 @@ def _has_int8(argument: object) -> bool:
 
 @cache
 def triton_error() -> str | None:
-    """Why Triton does not import, or None."""
+    """Why Triton's kernels cannot be used, or None."""
     try:
-        importlib.import_module("triton")
+        triton = importlib.import_module("triton")
     except ImportError as error:
-        return str(error)
+        return f"Triton does not import: {error}"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < MIN_TRITON:
+        return "Triton is {}, the kernels need {}.{}".format(triton.__version__, *MIN_TRITON)
     return None
 
 
@@ -110,7 +113,7 @@ def runs_triton(device: torch.device) -> bool:
     if capability < MIN_CAPABILITY:
         why = "its compute capability is {}.{}, the kernels need {}.{}".format(*capability, *MIN_CAPABILITY)
     elif (error := triton_error()) is not None:
-        why = f"Triton does not import: {error}"
+        why = error
     else:
         return True
     warnings.warn(f"FastICL's ops run their references on {device}, which are slow: {why}", stacklevel=3)
