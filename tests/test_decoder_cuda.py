@@ -220,6 +220,14 @@ def test_a_window_as_long_as_the_cache_is_none() -> None:
     assert error(stepwise(decoder, tokens, 2), exact_logits(model, tokens)[1:]) < 1e-5
 
 
+def test_norms_that_differ_are_not_one_op() -> None:
+    model, tokens = make(), torch.randint(95, (7,))
+    model.model.layers[1].post_attention_layernorm.variance_epsilon = 0.7
+    decoder = StaticDecoder(model)
+    assert one_ops(decoder) == [True, False, True]
+    assert error(stepwise(decoder, tokens, 3), exact_logits(model, tokens)[2:]) < 1e-5
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_which_weights_are_copied(name: str) -> None:
     model = make(name)
@@ -277,6 +285,10 @@ def test_a_sequence_that_is_not_decoded_stays_as_it_is(cuda: FakeCuda) -> None:
     assert error(logits[1], exact_logits(model, texts[1, :6])[-1]) < 1e-5
     whole = torch.cat([texts[2, :2], torch.tensor([3, 3]), texts[2, 4:5]])
     assert error(logits[0], exact_logits(model, whole)[-1]) < 1e-5
+    decoder.prefill(texts[0, :3])
+    logits = decoder._step((1, 0), (int(texts[1, 6]), int(texts[0, 3])))  # all up to the last, but out of order
+    for row, whole in zip(logits, (texts[1, :7], texts[0, :4]), strict=True):
+        assert error(row, exact_logits(model, whole)[-1]) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt2"])
