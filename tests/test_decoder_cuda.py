@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fasticl
 from fasticl import decoder_cuda
+from fasticl.architectures import parts_of
 from fasticl.nn import SparseLinear, SparseMLP
 
 transformers = pytest.importorskip("transformers", minversion="5")
@@ -346,6 +347,19 @@ def test_bad_arguments_and_models_are_refused_as_on_the_cpu() -> None:
     model.model.layers[1].mlp.to("meta")
     with pytest.raises(ValueError, match="model: expected on the CPU or on one CUDA device, got cpu and meta"):
         fasticl.Decoder(model)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_all_is_on_the_device_of_the_model(name: str) -> None:
+    """On one whose tensors have no elements to look at, and mix with no other's."""
+    made = StaticDecoder(make(name), sequences=3)
+    model, cache = made.model.to("meta"), made._cache.to("meta")
+    angles = {kind: (cos.to("meta"), sin.to("meta")) for kind, (cos, sin) in made._tables.items()}
+    with torch.inference_mode():
+        step = decoder_cuda.Step(model, parts_of(model), cache, angles)
+        step.run(2)
+    held = [step.inputs, step.logits, step._count, *(table for tables in step._turns.values() for table in tables)]
+    assert {tensor.device.type for tensor in held} == {"meta"}
 
 
 def test_a_step_that_waits_for_the_device_is_refused(cuda: FakeCuda) -> None:
