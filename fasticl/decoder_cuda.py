@@ -205,7 +205,7 @@ def _weights(block: Block, like: Tensor) -> BlockWeights | None:
         for name in ("qkv", "qkv_bias"):
             if (each := found[name]) is not None:
                 found[name] = each.view(block.heads, 3, block.head_dim, -1).transpose(0, 1).reshape(each.shape)
-    if any(tensor is not None and tensor.dtype != like.dtype for tensor in found.values()):
+    if any(t is not None and (t.dtype, t.device) != (like.dtype, like.device) for t in found.values()):
         return None
     tensors: dict[str, Any] = {
         name: None if tensor is None else tensor.detach().contiguous() for name, tensor in found.items()
