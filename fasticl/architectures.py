@@ -1,4 +1,4 @@
-"""What the language models of transformers are made of, architecture by architecture, for csrc/decoder.cpp."""
+"""What the language models of transformers are made of, architecture by architecture, for the decoders."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ class Block:
     mlp_out_norm: nn.Module | None = None
     parallel: bool = False
     interleaved: bool = False  # one linear whose outputs are q, k and v of head 0, then of head 1, ...
+    mlp: SparseMLP | None = None  # that up, gate and down belong to
     window: int | None = None
     layer_type: str | None = None  # of rotary_emb, where it has angles for several
 
@@ -82,15 +83,11 @@ class Native:
     def norm(self, norm: Any, size: int) -> dict[str, Any] | None:
         if norm is None:
             return None
-        centred = isinstance(norm, nn.LayerNorm)
-        eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
-        weight = norm.weight if norm.weight is not None else torch.ones(norm.normalized_shape)
-        if type(norm).__name__.startswith("Gemma"):
-            weight = 1 + weight.float()
+        weight, bias, eps = norm_of(norm)
         if weight.numel() != size:
             raise ValueError(f"model: expected a norm of {size}, got {weight.numel()}")
-        return {"weight": self._float(weight), "bias": self._float(getattr(norm, "bias", None)), "eps": eps,
-                "centred": centred}  # fmt: skip
+        return {"weight": self._float(weight), "bias": self._float(bias), "eps": eps,
+                "centred": isinstance(norm, nn.LayerNorm)}  # fmt: skip
 
     def linear(self, linear: nn.Module) -> dict[str, Any]:
         scales, bitmask, offsets = None, 0, 0
@@ -121,21 +118,14 @@ class Native:
         """
         heads, groups, d = block.heads, block.groups, block.head_dim
         step, sizes = (3 * d, (0, d, 2 * d)) if block.interleaved else (d, (0, heads * d, (heads + groups) * d))
+        check_shapes(block, D)
         linears = {name: self.linear(getattr(block, name)) for name in ("out", "up", "down")}
-        gate = None if block.gate is None else self.linear(block.gate)
-        qkv, inner = [self.linear(part) for part in block.qkv], linears["up"]["N"]
-        rows = (heads * d, groups * d, groups * d) if len(qkv) == 3 else ((heads + 2 * groups) * d,)
-        shapes = [(D, heads * d), (inner, D), (D, inner), (inner, D), *((n, D) for n in rows)]
-        for linear, (N, K) in zip((*linears.values(), gate, *qkv), shapes, strict=True):
-            if linear is not None and (linear["N"], linear["K"]) != (N, K):
-                where, found = f"layer {block.attention.layer_idx}", f"[{linear['N']}, {linear['K']}]"
-                raise ValueError(f"model: {where}: expected a weight of [{N}, {K}] by its configuration, got {found}")
         return {
             **{name: self.norm(getattr(block, name), D) for name in ("norm", "out_norm", "mlp_norm", "mlp_out_norm")},
             **{name: self.norm(getattr(block, name), d) for name in ("q_norm", "k_norm")},
             **linears,
-            "gate": gate,
-            "qkv": qkv,
+            "gate": None if block.gate is None else self.linear(block.gate),
+            "qkv": [self.linear(part) for part in block.qkv],
             "q": (heads, sizes[0], step),
             "k": (groups, sizes[1], step),
             "v": (groups, sizes[2], step),
@@ -145,6 +135,37 @@ class Native:
             "activation": ACTIVATIONS[block.activation],
             **own,
         }
+
+
+def norm_of(norm: Any) -> tuple[Tensor, Tensor | None, float]:
+    """Weight, bias and eps of a LayerNorm, or of what is an RMSNorm otherwise."""
+    weight = norm.weight if norm.weight is not None else torch.ones(norm.normalized_shape)
+    if type(norm).__name__.startswith("Gemma"):
+        weight = 1 + weight.float()
+    return weight, getattr(norm, "bias", None), norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+
+
+def size_of(linear: nn.Module) -> tuple[int, int]:
+    """[N outputs, K inputs].
+
+    Raises:
+        TypeError: it is no linear.
+    """
+    if isinstance(linear, SparseLinear):
+        return linear.out_features, linear.in_features
+    N, K = dense_weight(linear).shape
+    return N, K
+
+
+def check_shapes(block: Block, D: int) -> None:
+    """Raises ValueError where a weight of a block of width D has not the shape that the configuration says."""
+    heads, groups, d, inner = block.heads, block.groups, block.head_dim, size_of(block.up)[0]
+    rows = (heads * d, groups * d, groups * d) if len(block.qkv) == 3 else ((heads + 2 * groups) * d,)
+    shapes = [(D, heads * d), (inner, D), (D, inner), (inner, D), *((n, D) for n in rows)]
+    for linear, (N, K) in zip((block.out, block.up, block.down, block.gate, *block.qkv), shapes, strict=True):
+        if linear is not None and (found := list(size_of(linear))) != [N, K]:
+            where = f"layer {block.attention.layer_idx}"
+            raise ValueError(f"model: {where}: expected a weight of [{N}, {K}] by its configuration, got {found}")
 
 
 def block_of(layer: Any) -> Block:
@@ -196,7 +217,7 @@ def check_static_angles(config: Any) -> None:
 def _mlp(module: nn.Module, activation: str, names: tuple[str, ...]) -> dict[str, Any]:
     """up, down, gate and activation of an MLP's module, or of the SparseMLP that took its place."""
     if isinstance(module, SparseMLP):
-        return {"up": module.up, "down": module.down, "gate": module.gate, "activation": module.activation}
+        return {"mlp": module, **{name: getattr(module, name) for name in ("up", "down", "gate", "activation")}}
     if activation not in _ACTIVATIONS:
         raise ValueError(f"model: expected an activation of {', '.join(_ACTIVATIONS)}, got {activation!r}")
     parts = [getattr(module, name) for name in names]

@@ -451,15 +451,16 @@ def generate(
     threads: Threads = None,
     seed: Seed = 0,
     dtype: OwnDtype = None,
+    device: Device = "cpu",
 ) -> None:
-    """Continue a text with a model, packed or not, on the CPU; tokens appear as they are decoded."""
+    """Continue a text with a model, packed or not; tokens appear as they are decoded."""
     import time
 
     import fasticl
 
     _set_threads(threads)
     with _reported():
-        loaded, tokenizer = _load_for_eval(model, dtype, "cpu")
+        loaded, tokenizer = _load_for_eval(model, dtype, device)
         text = sys.stdin.read() if prompt == "-" else prompt
         if chat and tokenizer.chat_template:
             message = [{"role": "user", "content": text}]
@@ -477,8 +478,9 @@ def generate(
             top_p=top_p,
             generator=torch.Generator().manual_seed(seed),
         )
-        read, said, shown = time.perf_counter() - start, list[int](), ""
+        read, said, shown = 0.0, list[int](), ""
         for token in steps:
+            read = read or time.perf_counter() - start  # a GPU is waited for when the first token is chosen
             said.append(token)
             text = tokenizer.decode(said, skip_special_tokens=True)
             if not text.endswith("\ufffd"):  # half of a character

@@ -1,8 +1,9 @@
-"""Text generation without Python between the layers: a language model's decoding step as one call into C++.
+"""Text generation without Python between the layers: a language model's decoding step as one call into C++, or one
+replay of a CUDA graph.
 
 transformers runs a token through some hundred Python modules, which at one token take longer than the arithmetic of a
 pruned model. :class:`Decoder` reads the prompt with the model itself, takes over its keys and values, and then decodes
-on the weights of the same model, packed or dense, which it shares (csrc/decoder.cpp).
+on the weights of the same model, packed or dense, which it shares (csrc/decoder.cpp, fasticl/decoder_cuda.py).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from fasticl import _C
 from fasticl.architectures import TOLERANCE, Native, check_static_angles, parts_of
+from fasticl.decoder_cuda import Graphs, Step
 from fasticl.layers import is_adapter
 from fasticl.ops._registry import DTYPES
 from fasticl.parallel import check_whole
@@ -24,12 +26,16 @@ LENGTH = 2048  # positions that a Decoder has room for, unless the model has few
 
 
 class Decoder:
-    """Decodes with a Hugging Face causal language model on the CPU.
+    """Decodes with a Hugging Face causal language model on the CPU or a GPU.
 
     Every step computes, for the token at position n, ``logits = head(norm(block_L(... block_1(embedding))))`` with
-    attention over the keys and values of positions 0..n; activations are float32, keys and values have the model's
-    dtype. The model's weights are used where they lie, packed (:func:`fasticl.convert`) or dense, int8 values included:
-    change none of them while a Decoder lives.
+    attention over the keys and values of positions 0..n; keys and values have the model's dtype, activations are
+    float32 on the CPU and have the model's dtype on a GPU. The model's weights are used where they lie, packed
+    (:func:`fasticl.convert`) or dense, int8 values included: change none of them while a Decoder lives.
+
+    On a GPU a step is a CUDA graph, captured when so many sequences are first decoded together, and replayed: see
+    :class:`fasticl.decoder_cuda.Step` for what it runs, and for the weights that it holds a second time. Sequences 0 to
+    the last that is decoded run in it, also those between that are not. It was not yet run on a GPU.
 
     Architectures: Llama, Mistral, Qwen2, Qwen3, Gemma 3, GPT-2, GPT-NeoX, OPT, Phi. Making one compares its logits with
     the model's own on a few tokens, so a variant that computes something else is refused, not approximated.
@@ -39,7 +45,7 @@ class Decoder:
             print(tokenizer.decode(token), end="", flush=True)
 
     Args:
-        model: in evaluation mode, on the CPU, in float32, bfloat16 or float16.
+        model: in evaluation mode, on the CPU or one CUDA device, in float32, bfloat16 or float16.
         length: positions to have room for; None is the smaller of 2048 and what the model takes.
         sequences: how many to have room for, at any length each; decoded together they share the reading of weights.
 
@@ -50,6 +56,7 @@ class Decoder:
         TypeError: ``model`` is not such a module.
         ValueError: its architecture is not known, or computes something else; it is one process's part of a model
             (:func:`fasticl.parallelize`), or has adapters of PEFT that are not merged; ``length`` is out of range.
+        RuntimeError: on a GPU, a step of the model cannot be captured in a CUDA graph.
     """
 
     def __init__(self, model: Any, *, length: int | None = None, sequences: int = 1) -> None:
@@ -72,9 +79,11 @@ class Decoder:
         self._unread: int | None = None  # what generate yielded last for the first sequence
         self._parts = parts_of(model)
         embedding = self._parts.embedding.weight
-        if embedding.device.type != "cpu":
-            raise ValueError(f"model: expected on the CPU, got {embedding.device}")
-        self._dtype = embedding.dtype
+        devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+        if len(devices) > 1 or embedding.device.type not in ("cpu", "cuda"):
+            got = " and ".join(sorted(map(str, devices)))
+            raise ValueError(f"model: expected on the CPU or on one CUDA device, got {got}")
+        self._device, self._dtype = embedding.device, embedding.dtype
         if self._dtype not in DTYPES:
             raise TypeError(f"model: expected float32, bfloat16 or float16, got {self._dtype}")
         if self._parts.rotary is not None:
@@ -84,16 +93,24 @@ class Decoder:
             self._check(model, text)
 
     def _make(self, model: Any) -> None:
-        blocks, D = self._parts.blocks, self._parts.embedding.weight.shape[1]
+        blocks, like = self._parts.blocks, self._parts.embedding.weight
         groups, d, B = blocks[0].groups, blocks[0].head_dim, len(self.positions)
-        like = self._parts.embedding.weight
         self._cache = like.new_zeros((2, len(blocks), B, groups, self.length, d))
-        self._native = Native()
         self._tables: dict[str | None, tuple[Tensor, Tensor]] = {}
+        self._static: Step | None = None
+        if self._device.type == "cpu":
+            self._make_native(model)
+        else:
+            self._make_static(model)
+
+    def _make_native(self, model: Any) -> None:
+        blocks, d, D = self._parts.blocks, self._cache.shape[5], self._parts.embedding.weight.shape[1]
+        like, B = self._parts.embedding.weight, len(self.positions)
+        self._native = Native()
         made = []
         for block, keys, values in zip(blocks, *self._cache, strict=True):
             cos, sin = self._angles(block.layer_type)
-            # Of what sequence a position is, the position says (step): no stride of a sequence.
+            # Of what sequence a position is, the position says (_step_native): no stride of a sequence.
             made.append(
                 self._native.block(
                     block,
@@ -111,19 +128,24 @@ class Decoder:
         self._x, self._logits = (like.new_empty(B, n, dtype=torch.float32) for n in (D, head["N"]))
         self._decoder = _C.Decoder(D, d, DTYPES[self._dtype], made, norm, head)
 
+    def _make_static(self, model: Any) -> None:
+        angles = {block.layer_type: self._angles(block.layer_type) for block in self._parts.blocks}
+        self._static = Step(model, self._parts, self._cache, angles)
+        self._replay = Graphs(self._static.run, self._device)
+
     def _angles(self, layer_type: str | None) -> tuple[Tensor, Tensor]:
         """cos and sin, float32 ``[length, rotary / 2]``."""
         if layer_type not in self._tables:
-            cos = sin = torch.empty(self.length, 0, dtype=torch.float32, device="cpu")
+            cos = sin = torch.empty(self.length, 0, dtype=torch.float32, device=self._device)
             if (rotary := self._parts.rotary) is not None:
-                where = torch.arange(self.length, device="cpu")[None]
+                where = torch.arange(self.length, device=self._device)[None]
                 extra = () if layer_type is None else (layer_type,)
                 cos, sin = (angle[0, :, : angle.shape[-1] // 2] for angle in rotary(cos, where, *extra))
             self._tables[layer_type] = cos.contiguous(), sin.contiguous()
         return self._tables[layer_type]
 
     def _check(self, model: nn.Module, config: Any) -> None:
-        tokens = torch.arange(min(4, self.length)) * 7919 % config.vocab_size
+        tokens = torch.arange(min(4, self.length), device=self._device) * 7919 % config.vocab_size
 
         def logits_of(model: nn.Module) -> Tensor:
             logits: Tensor = model(input_ids=tokens[None], use_cache=False).logits[0, -1].float()
@@ -182,6 +204,8 @@ class Decoder:
             raise ValueError(f"tokens: expected 1 to {self.length - first} (length){behind}, got {row.numel()}")
         self._check_tokens(int(row.min()), int(row.max()))
         past, cache = None, self._cache[:, :, sequence]
+        if self._static is not None and not first:
+            cache.zero_()  # what another text left is masked there, where infinity would still give NaN
         if first:
             from transformers import DynamicCache
 
@@ -189,7 +213,8 @@ class Decoder:
             past = DynamicCache(config=config)
             for i, (keys, values) in enumerate(zip(*cache, strict=True)):
                 past.update(keys[None, :, :first].clone(), values[None, :, :first].clone(), i)
-        output = self.model(input_ids=row[None].long(), past_key_values=past, use_cache=True, logits_to_keep=1)
+        prompt = row[None].to(self._device, torch.long)
+        output = self.model(input_ids=prompt, past_key_values=past, use_cache=True, logits_to_keep=1)
         end = first + row.numel()
         for layer, keys, values in zip(output.past_key_values.layers, *cache, strict=True):
             kept = layer.keys.shape[2]  # fewer than all if the layer looks through a window
@@ -225,6 +250,16 @@ class Decoder:
         for position in positions:
             if not 0 <= position < self.length:
                 raise ValueError(f"position: expected 0 to {self.length - 1} (length), got {position}")
+        step = self._step_native if self._static is None else self._step_static
+        logits = step(sequences, tokens, positions)
+        for i in sequences:
+            self.positions[i] += 1
+        if 0 in sequences:
+            self._unread = None
+        return logits
+
+    def _step_native(self, sequences: Sequence[int], tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
+        M = len(tokens)
         parts, x = self._parts, self._x[:M]
         scale = getattr(parts.embedding, "scalar_embed_scale", None)
         for m, (token, position) in enumerate(zip(tokens, positions, strict=True)):
@@ -239,11 +274,19 @@ class Decoder:
         places = torch.tensor([positions, slots, begins, [slot + 1 for slot in slots]], device="cpu")
         logits = self._logits[:M]
         self._decoder.step(x.data_ptr(), M, places.data_ptr(), logits.data_ptr(), torch.get_num_threads())
-        for i in sequences:
-            self.positions[i] += 1
-        if 0 in sequences:
-            self._unread = None
         return logits
+
+    def _step_static(self, sequences: Sequence[int], tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
+        assert self._static is not None
+        M = max(sequences) + 1
+        # Of one between them that is not decoded, keys and values behind its text are written, and never read.
+        read, where = [0] * M, [min(max(position, 0), self.length - 1) for position in self.positions[:M]]
+        for i, token, position in zip(sequences, tokens, positions, strict=True):
+            read[i], where[i] = token, position
+        self._static.inputs[: 2 * M].copy_(torch.tensor([*read, *where], device="cpu"))
+        self._replay(M)
+        logits = self._static.logits[:M]
+        return logits if list(sequences) == list(range(M)) else logits[list(sequences)]
 
     def _check_tokens(self, least: int, most: int) -> None:
         vocabulary = self._parts.embedding.weight.shape[0]
@@ -272,7 +315,7 @@ class Decoder:
             top_k: only among so many of the likeliest; None is all.
             top_p: only among the likeliest whose probabilities add up to this.
             stop: None is the model's end-of-text tokens; empty is none.
-            generator: on the CPU; None is torch's default one.
+            generator: on the CPU, where tokens are drawn; None is torch's default one.
             append: the prompt follows what was read and generated so far, as the next turn of a conversation.
 
         Raises:
@@ -372,7 +415,7 @@ def _sampler(
 
     def draw(logits: Tensor) -> int:
         count = logits.numel() if top_k is None else min(top_k, logits.numel())
-        best, tokens = (logits / temperature).topk(count)
+        best, tokens = (found.cpu() for found in (logits / temperature).topk(count))
         chances = best.softmax(0)
         if top_p < 1:  # the first always stays
             chances = torch.where(chances.cumsum(0) - chances < top_p, chances, 0)

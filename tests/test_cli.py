@@ -318,7 +318,9 @@ def test_generate(folder: Path) -> None:
     assert re.search(
         rf"prompt: {tokens.shape[1]} tokens in .* s; answer: {len(said)} tokens, .* tokens/s", result.stderr
     )
-    piped = CliRunner().invoke(app, ["generate", str(folder), "-", "--max-new-tokens", "12"], input="The cat")
+    piped = CliRunner().invoke(
+        app, ["generate", str(folder), "-", "--max-new-tokens", "12", "--device", "cpu"], input="The cat"
+    )
     assert piped.stdout == result.stdout
     drawn = [invoke("generate", str(folder), "The cat", "--temperature", "2", "--seed", seed).stdout for seed in "112"]
     assert drawn[0] == drawn[1] != drawn[2]
