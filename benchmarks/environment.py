@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,13 +43,16 @@ def _version(package: str) -> str:
 
 
 def source_version(root: Path = ROOT) -> str:
-    """The commit; with ``+`` and a digest of the sources where they differ from it; empty outside of a git checkout."""
+    """The commit; with ``+`` and a digest of the sources where they differ from it; empty outside of a git checkout,
+    or where there is no git."""
     sources = ("fasticl", "csrc", "kernels", "setup.py", "benchmarks/*.py")
 
     def git(*arguments: str) -> str:
         done = subprocess.run(("git", "-C", str(root), *arguments), capture_output=True, text=True, check=False)
         return done.stdout if done.returncode == 0 else ""
 
+    if shutil.which("git") is None:
+        return ""
     files = git("ls-files", "-co", "--exclude-standard", "--", *sources).splitlines()
     commit = git("rev-parse", "--short=10", "HEAD").strip()
     if not files or (commit and not git("status", "--porcelain", "--", *sources)):

@@ -36,10 +36,13 @@ def capture(calls: Sequence[Callable[[], object]]) -> tuple[Replay, int]:
         end.synchronize()
     torch.cuda.current_stream().wait_stream(stream)
     rounds = rounds_of(len(calls), begin.elapsed_time(end))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in [*calls] * rounds:
-            call()
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            for call in [*calls] * rounds:
+                call()
+    finally:
+        torch.cuda.set_stream(before)  # a capture that fails leaves its own stream as the current one
 
     def replay() -> float:
         begin.record()

@@ -9,6 +9,7 @@ import argparse
 import importlib
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def selected(options: argparse.Namespace) -> list[Case]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status 1 if a result was wrong or nothing was selected."""
+    """Exit status 1 if a result was wrong, a case failed, or nothing was selected."""
     options = parse(arguments)
     if options.threads < 1:
         raise SystemExit(f"--threads: expected at least 1, got {options.threads}")
@@ -119,6 +120,11 @@ def main(arguments: list[str] | None = None) -> int:
                 rows = measure(case, environment, seconds=seconds, min_samples=min_samples, mark=mark)
         except WrongResult as error:
             print(f"    WRONG, not timed: {error}", flush=True)
+            wrong += 1
+            continue
+        except Exception as error:  # a refusal of the device, say: the other cases are worth their time all the same
+            traceback.print_exc(limit=-4, file=sys.stdout)
+            print(f"    FAILED, not timed: {type(error).__name__}", flush=True)
             wrong += 1
             continue
         for row in rows:

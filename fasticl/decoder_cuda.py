@@ -234,16 +234,17 @@ class Graphs:
             self._graphs[M].replay()
 
     def _capture(self, M: int) -> Any:
-        stream = cuda.Stream()
-        stream.wait_stream(cuda.current_stream())
+        stream, before = cuda.Stream(), cuda.current_stream()
+        stream.wait_stream(before)
         with cuda.stream(stream):  # compiles kernels, and makes what libraries make once
             self._run(M)
-        cuda.current_stream().wait_stream(stream)
+        before.wait_stream(stream)
         graph = cuda.CUDAGraph()
         try:
             with cuda.graph(graph, pool=self._pool, stream=stream):
                 self._run(M)
         except RuntimeError as error:
+            cuda.set_stream(before)  # which a failed capture does not
             raise RuntimeError(f"model: expected a step that a CUDA graph can capture, got: {error}") from error
         self._pool = graph.pool()
         return graph

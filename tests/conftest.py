@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import zlib
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ import pytest
 import torch
 
 OPS = Path(__file__).parents[1] / "fasticl" / "ops"
+# On a GPU deterministic mode, which poisons outputs, warns at each matmul without it, and warnings are failures.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 class TorchGenerator:

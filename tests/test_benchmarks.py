@@ -481,6 +481,20 @@ def test_a_run_ends_in_time(
     assert {row["shape"] for row in common.read_rows(tmp_path / "results.csv")} == {"48x32", "other"}
 
 
+def test_a_case_that_fails_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def build() -> list[common.Contender]:
+        raise RuntimeError("CUDA error: invalid argument")
+
+    monkeypatch.setattr(run, "selected", lambda options: [replace(tiny(), shape="refused", build=build), tiny()])
+    assert run.main(["--quick", "--threads", "1", "--out", str(tmp_path / "results.csv")]) == 1
+    out = capsys.readouterr().out
+    assert "RuntimeError: CUDA error: invalid argument" in out
+    assert out.count("FAILED, not timed") == 1
+    assert {row["shape"] for row in common.read_rows(tmp_path / "results.csv")} == {"48x32"}
+
+
 def test_gpu_cases_rotate_copies_past_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "device", lambda: "cuda")
     monkeypatch.setattr(bench_attention_mlp, "device", lambda: "cuda")
@@ -568,6 +582,11 @@ def test_source_version_names_commit_and_changes(tmp_path: Path) -> None:
         versions.add(environment.source_version(tmp_path))
     assert len(versions) == 3
     assert all(version.startswith(commit) for version in versions)
+
+
+def test_source_version_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert environment.source_version() == ""
 
 
 def test_cpu_slug_is_a_file_name() -> None:

@@ -81,6 +81,7 @@ class FakeGraph:
 class FakeStream:
     def wait_stream(self, other: FakeStream) -> None:
         assert isinstance(other, FakeStream)
+        assert other is not self
 
 
 class FakeCuda:
@@ -92,25 +93,33 @@ class FakeCuda:
         self.graphs: list[FakeGraph] = []
         self.pools: list[Any] = []
         self.side = False
+        self.current = FakeStream()
 
     def device(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
     def current_stream(self) -> FakeStream:
-        return FakeStream()
+        return self.current
+
+    def set_stream(self, stream: FakeStream) -> None:
+        self.current = stream
 
     @contextlib.contextmanager
     def stream(self, stream: FakeStream) -> Iterator[None]:
         self.side = True  # a warm-up
+        before, self.current = self.current, stream
         yield
+        self.current = before
 
     @contextlib.contextmanager
     def graph(self, graph: FakeGraph, pool: Any, stream: FakeStream) -> Iterator[None]:
         assert self.side, "captured without a warm-up on a side stream"
         self.side = False
         self.pools.append(pool)
+        before, self.current = self.current, stream
         with graph.recording:
             yield
+        self.current = before  # as in torch, not where capturing has failed
         for *_, out, own in graph.recording.outputs():  # capturing computes nothing
             if own and out.is_floating_point():
                 out.fill_(torch.nan)
@@ -367,8 +376,10 @@ def test_a_step_that_waits_for_the_device_is_refused(cuda: FakeCuda) -> None:
     model = make("qwen3")
     down = model.model.layers[2].mlp.down_proj
     down.forward = lambda x: nn.functional.linear(x, down.weight) * (2.0 if x.sum().item() == 1e9 else 1.0)
+    before = cuda.current_stream()
     with pytest.raises(RuntimeError, match=r"model: expected a step that a CUDA graph can capture, got: .*capturing"):
         StaticDecoder(model)
+    assert cuda.current_stream() is before
 
 
 def test_the_double_forgets_nothing_and_computes_nothing_early(cuda: FakeCuda) -> None:
