@@ -701,10 +701,11 @@ def _tune(op: list[str] | None, dtype: Dtype, out: Path | None) -> None:
         _fail("bench --tune: expected a CUDA or ROCm device, got none that torch can use")
     path = out or Path(f"{tuned.architecture(0)}.json")
     console = Console(stderr=True)
-    found = tune.problems(ops, dtype.of_torch)
+    entries = []
     try:
-        entries = tune.tune(found, lambda text: console.print(text, highlight=False))
-        tune.write(path, entries, tune.about())
+        for problem in tune.problems(ops, dtype.of_torch):
+            entries += tune.tune([problem], lambda text: console.print(text, highlight=False))
+            tune.write(path, entries, tune.about())  # what is found so far stays if the rest is broken off
     except (OSError, ValueError) as error:
         _fail(str(error))
     Console().print(
