@@ -402,6 +402,9 @@ def test_torch_s_own_sparse_layers(capsys: pytest.CaptureFixture[str]) -> None:
     if not torch.cuda.is_available():
         assert linear.torch_sparse("torch_2_4", 96, 64, 0.5, "2:4", x, "float32", "hot") == []
         assert "torch_2_4 is not measured: RuntimeError: " in capsys.readouterr().out
+        assert linear.nm_on_cusparselt(96, 64, x, "float32", "hot") == []
+        refused = "fasticl_cusparselt is not measured: RuntimeError: cuSPARSELt does not take [96, 64], torch.float32"
+        assert refused in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("when", ["checked", "captured", "wrong"])
