@@ -26,9 +26,10 @@ _PACKED = {"BLOCK_N": (8, 16, 32, 64, 128), "BYTES": (4, 8, 16, 32), "num_warps"
 _TWO = {"implementation": ("CUDA C++", "Triton")}
 # What may be tuned, by op, and the values that it may have. In a table N and K are outputs and inputs of a linear,
 # hidden neurons and inputs of fused_mlp, columns L and width d of attention_mlp. "CUDA C++" is the kernel that
-# fasticl/ops/_linear.py names for the tokens and density, "lane stream" the one that takes any.
+# fasticl/ops/bitmap_linear.py and _linear.py name for the tokens and density; "lane stream" takes any, "wgmma" too, on
+# Hopper, and is "CUDA C++" elsewhere.
 SPACE: dict[str, dict[str, tuple[Any, ...]]] = {
-    "bitmap_linear": {"implementation": ("CUDA C++", "lane stream", "Triton"), **_PACKED},
+    "bitmap_linear": {"implementation": ("CUDA C++", "lane stream", "wgmma", "Triton"), **_PACKED},
     "nm_linear": {**_TWO, **_PACKED},
     "sliced_linear": {**_TWO, "STEPS": (8, 16, 32, 64, 128), "num_warps": _WARPS},
     "fused_mlp": {
