@@ -34,6 +34,7 @@ using namespace lane_stream;
 constexpr int kSlots = 8;                        // pairs of chunks under way of a warp, at most
 constexpr int kMemory = (kRing + kTail) * kRow;  // bytes of a warp's ring
 static_assert(kLag + 4 * kChunkRows <= kRing, "the ring must hold the pair that is decoded and the next one");
+// Two rows more are read and not taken: of the next warp's ring, or of the tokens.
 static_assert(kTail >= kChunkRows, "what a chunk takes from past the ring");
 static_assert(kMemory >= 4 * 32 * 32 * 4, "in the end the ring holds the sums of 256 tokens");
 
