@@ -25,10 +25,10 @@ _WARPS, _STAGES = (1, 2, 4, 8), (1, 2, 3, 4)
 _PACKED = {"BLOCK_N": (8, 16, 32, 64, 128), "BYTES": (4, 8, 16, 32), "num_warps": _WARPS, "num_stages": _STAGES}
 # What may be tuned, by op, and the values that it may have. In a table N and K are outputs and inputs of a linear,
 # hidden neurons and inputs of fused_mlp, columns L and width d of attention_mlp. "CUDA C++" is the kernel that
-# fasticl/ops/_linear.py names for the tokens and density, "lane stream" the one that takes any. Of nm_linear it is the
-# default, which beyond 64 tokens is Triton.
+# fasticl/ops/bitmap_linear.py and _linear.py name for the tokens and density; "lane stream" takes any, "wgmma" too, on
+# Hopper, and is "CUDA C++" elsewhere. Of nm_linear "CUDA C++" is the default, which beyond 64 tokens is Triton.
 SPACE: dict[str, dict[str, tuple[Any, ...]]] = {
-    "bitmap_linear": {"implementation": ("CUDA C++", "lane stream", "Triton"), **_PACKED},
+    "bitmap_linear": {"implementation": ("CUDA C++", "lane stream", "wgmma", "Triton"), **_PACKED},
     "nm_linear": {"implementation": ("CUDA C++", "cuSPARSELt", "Triton"), **_PACKED},
     "sliced_linear": {"implementation": ("CUDA C++", "Triton"), "STEPS": (8, 16, 32, 64, 128), "num_warps": _WARPS},
     "fused_mlp": {
