@@ -37,7 +37,7 @@ MLPS = ((14336, 4096), (8192, 2048), (3072, 768))
 PROMPTS = ((512, 64, 1024), (512, 256, 1024), (20, 60, 1024), (4096, 64, 1))  # L, d, prompts
 NEURONS = 256  # of attention_mlp
 BATCHES = (1, 16, 64, 256)
-PREFILL = 1024  # of nm_linear, which has an implementation for many tokens
+PREFILL = 1024  # tokens: bitmap_linear and nm_linear have implementations for many
 DENSITIES = {"bitmap_linear": (0.5, 0.2), "sliced_linear": (0.2, 0.1), "nm_linear": (0.5,)}
 
 
@@ -82,7 +82,7 @@ def problems(op_names: Sequence[str], dtype: torch.dtype, device: str = "cuda") 
                 for batch in BATCHES:
                     add(op, H, K, batch, 1.0, _mlp_calls)
         else:
-            batches = {"sliced_linear": BATCHES[:2], "nm_linear": (*BATCHES, PREFILL)}.get(op, BATCHES)
+            batches = BATCHES[:2] if op == "sliced_linear" else (*BATCHES, PREFILL)
             for density in DENSITIES[op]:
                 for N, K in LAYERS:
                     for batch in batches:

@@ -26,9 +26,10 @@ _PACKED = {"BLOCK_N": (8, 16, 32, 64, 128), "BYTES": (4, 8, 16, 32), "num_warps"
 # What may be tuned, by op, and the values that it may have. In a table N and K are outputs and inputs of a linear,
 # hidden neurons and inputs of fused_mlp, columns L and width d of attention_mlp. "CUDA C++" is the kernel that
 # fasticl/ops/bitmap_linear.py and _linear.py name for the tokens and density; "lane stream" takes any, "wgmma" too, on
-# Hopper, and is "CUDA C++" elsewhere. Of nm_linear "CUDA C++" is the default, which beyond 64 tokens is Triton.
+# Hopper, and is "CUDA C++" elsewhere; "PyTorch" multiplies by the unpacked weight. Of nm_linear "CUDA C++" is the
+# default, which beyond 64 tokens is Triton.
 SPACE: dict[str, dict[str, tuple[Any, ...]]] = {
-    "bitmap_linear": {"implementation": ("CUDA C++", "lane stream", "wgmma", "Triton"), **_PACKED},
+    "bitmap_linear": {"implementation": ("CUDA C++", "lane stream", "wgmma", "PyTorch", "Triton"), **_PACKED},
     "nm_linear": {"implementation": ("CUDA C++", "cuSPARSELt", "Triton"), **_PACKED},
     "sliced_linear": {"implementation": ("CUDA C++", "Triton"), "STEPS": (8, 16, 32, 64, 128), "num_warps": _WARPS},
     "fused_mlp": {

@@ -20,7 +20,7 @@ except ImportError:  # not built: CUDA tensors run the Triton kernel
 has_cuda_kernel = _C_cuda is not None
 WGMMA = "CUDA C++ (wgmma)"
 WGMMA_TOKENS = 16  # beyond, x's way through L2 costs mma.sync more: computed (csrc/bitmap_linear_wgmma_cuda.cu)
-CUDA_TOKENS = 256  # beyond, the weight is decoded so often that unpacking it once for torch's matmul is taken instead
+CUDA_TOKENS = 256  # beyond, the weight is unpacked for torch's matmul: where that pays, a tuned table may know better
 
 
 def bitmap_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
@@ -38,7 +38,8 @@ def bitmap_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, a
 
     Int8 values are multiplied as integers times float32, and each sum by its row's scale: nothing else is rounded. On
     CUDA they run the reference. Where a CUDA C++ kernel runs, several multiprocessors may share an output's K; their
-    sums are added in one order, so that equal calls give equal bits.
+    sums are added in one order, so that equal calls give equal bits. There more than 256 tokens are multiplied by the
+    unpacked weight, which PyTorch rounds once more before the activation.
 
     Where a weight is not stored, a few tokens (at most 8, 4 without AVX-512, and fewer the sparser the weight) are
     multiplied by zero, more are not: an infinite or NaN x there gives NaN, as in the dense product, or nothing. On CUDA
@@ -113,7 +114,8 @@ def cuda(
     if runs == "Triton" or lanes is None or plan is None:
         return _triton(x, values, bitmask, row_offsets, bias, activation)
     if runs == "PyTorch":
-        return reference(x, values, bitmask, row_offsets, bias, activation)
+        dense = _linear.dense_from_bitmap(values, bitmask, K)
+        return registry.apply_activation(torch.nn.functional.linear(x, dense, bias), activation)
     if x.dtype not in lane_stream.DTYPES:
         raise TypeError(f"bitmap_linear: x: expected dtype bfloat16 or float16 with lane streams, got {x.dtype}")
     lane_values, masks, starts, row_order = lanes
@@ -168,16 +170,16 @@ def gather_cuda(
 def implementation(values: Tensor, N: int, K: int, M: int, gather: bool = False) -> str:
     """What computes for M tokens on a GPU, of a weight with lane streams and, if ``gather``, the gather layout:
     "CUDA C++ (gather)" for few tokens and values, else "CUDA C++", on Hopper "CUDA C++ (wgmma)" for more than
-    ``WGMMA_TOKENS``, or for many tokens "PyTorch", on the unpacked weight; and what the GPU's table found faster:
-    "Triton", or another of the kernels than these would be.
+    ``WGMMA_TOKENS``, or for more than ``CUDA_TOKENS`` "PyTorch", on the unpacked weight; and what the GPU's table found
+    faster than these would be.
     """
     density = values.numel() / max(1, N * K)
     found = tuned.lookup("bitmap_linear", values, N, K, M, density).get("implementation")
-    if found == "Triton":
-        return "Triton"
+    if found in ("Triton", "PyTorch"):
+        return str(found)
     if gather and found not in ("lane stream", "wgmma") and _linear.gathers(M, density):
         return _linear.GATHER
-    if M > CUDA_TOKENS:
+    if M > CUDA_TOKENS and found not in ("lane stream", "wgmma"):
         return "PyTorch"
     if (found == "wgmma" or (found != "lane stream" and M > WGMMA_TOKENS)) and has_wgmma(values):
         return WGMMA
