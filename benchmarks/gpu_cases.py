@@ -10,7 +10,7 @@ import torch
 from bench_attention_mlp import attention_case
 from bench_fused_mlp import mlp_case
 from common import Case, Contender, Truth, normal
-from linear import bytes_of, linear_case, rotated, torch_compiled, torch_sparse
+from linear import bytes_of, linear_case, nm_on_cusparselt, rotated, torch_compiled, torch_sparse
 from torch import Tensor
 
 import fasticl
@@ -21,7 +21,7 @@ BATCHES = (1, 8, 32, 256)
 SHAPES = {  # and the batches of each
     "bitmap_linear": dict.fromkeys([*EIGHT_B, *ONE_B, *GPT2], BATCHES) | {(768, 768): (1, 8)},
     "sliced_linear": dict.fromkeys([*EIGHT_B, *GPT2], (1, 8)) | {(4096, 4096): (1, 8, 256)},
-    "nm_linear": dict.fromkeys([*EIGHT_B, *ONE_B], BATCHES) | {(3072, 768): (1, 32)},
+    "nm_linear": dict.fromkeys(EIGHT_B, (*BATCHES, 1024)) | dict.fromkeys(ONE_B, BATCHES) | {(3072, 768): (1, 32)},
 }
 KEPT = {
     "bitmap_linear": [(sparsity, "unstructured") for sparsity in (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)],
@@ -73,6 +73,7 @@ def baselines(op: str, N: int, K: int, x: Tensor) -> list[Contender]:
     batch = len(x)
     if op == "nm_linear":
         found += torch_sparse("torch_2_4", N, K, 0.5, "2:4", x, "bfloat16", "cold")
+        found += nm_on_cusparselt(N, K, x, "bfloat16", "cold")
     elif op == "bitmap_linear":
         found += torch_sparse("torch_smaller", N, K, 0.5, "neuron", x, "bfloat16", "cold")
         if (N, K, batch) in COMPILED:

@@ -15,7 +15,7 @@ from common import DTYPES, Case, Contender, Truth, copies_of, device, normal, op
 from torch import Tensor
 
 import fasticl
-from fasticl import _C
+from fasticl import _C, cusparselt, tuned
 
 PackedLinear = Callable[[Tensor, fasticl.PackedWeight], Tensor]
 ONNXRUNTIME_FROM_BATCH = 16
@@ -159,6 +159,29 @@ def torch_sparse(
         )  # fmt: skip
 
     return optional(impl, contender)
+
+
+def nm_on_cusparselt(N: int, K: int, x: Tensor, dtype: str, cache: str) -> list[Contender]:
+    """``nm_linear`` of a 2:4 weight as it runs where the GPU's table names cuSPARSELt, whatever that table says."""
+    on = {"implementation": cusparselt.NAME}
+    weight = pruned(N, K, 0.5, "2:4", dtype)
+
+    def call(stored: fasticl.PackedWeight) -> Tensor:
+        with tuned.forced("nm_linear", on):
+            return fasticl.ops.nm_linear(x, stored)
+
+    def contender() -> Contender:
+        with tuned.forced("nm_linear", on):
+            stored = fasticl.pack(weight, "nm", pattern="2:4")
+        if stored.compressed is None:
+            raise RuntimeError(f"cuSPARSELt does not take {list(weight.shape)}, {weight.dtype}, on {weight.device}")
+        size, flops = bytes_of(stored.compressed), 2 * int(torch.count_nonzero(weight)) * len(x)
+        return Contender(
+            "fasticl_cusparselt", rotated(call, stored, size, cache), Truth.of(F.linear, x, weight),
+            size + bytes_of(x) + N * len(x) * x.element_size(), flops, 0.5, "2:4",
+        )  # fmt: skip
+
+    return optional("fasticl_cusparselt", contender)
 
 
 def torch_compiled(N: int, K: int, x: Tensor, dtype: str, cache: str) -> list[Contender]:

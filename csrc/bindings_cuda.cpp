@@ -43,23 +43,29 @@ PYBIND11_MODULE(FASTICL_MODULE, m) {
       "bitmap_linear",
       [](Address x, int64_t M, int64_t x_stride, Address values, Address masks, Address starts, Address row_order,
          int64_t strips, int K, int splits, int blocks, int depth, Address workspace, Address bias, int activation,
-         Address y, int64_t y_stride, int dtype, int device, Address stream) {
+         Address y, int64_t y_stride, int dtype, int device, Address stream, bool wgmma) {
         py::gil_scoped_release release;
         BitmapLinearCuda p{};
         p.x = pointer<const void>(x), p.M = M, p.x_stride = x_stride;
         p.values = pointer<const uint32_t>(values), p.masks = pointer<const uint32_t>(masks);
         p.starts = pointer<const int32_t>(starts), p.row_order = pointer<const int32_t>(row_order);
-        p.strips = strips, p.chunks = (K + 63) / 64, p.K = K, p.depth = depth;
+        p.strips = strips, p.chunks = (K + 63) / 64, p.K = K, p.splits = splits, p.depth = depth;
         p.blocks = blocks, p.workspace = pointer<void>(workspace);
         p.bias = pointer<const void>(bias), p.activation = static_cast<Activation>(activation);
         p.y = pointer<void>(y), p.y_stride = y_stride;
+        if (wgmma) return bitmap_linear_wgmma(p, static_cast<DType>(dtype), device, stream);
         bitmap_linear_cuda(p, splits / blocks, static_cast<DType>(dtype), device, stream);
       },
       "x"_a, "M"_a, "x_stride"_a, "values"_a, "masks"_a, "starts"_a, "row_order"_a, "strips"_a, "K"_a, "splits"_a,
       "blocks"_a, "depth"_a, "workspace"_a, "bias"_a, "activation"_a, "y"_a, "y_stride"_a, "dtype"_a, "device"_a,
-      "stream"_a,
+      "stream"_a, "wgmma"_a = false,
       "y = act(x W^T + b), W in the lane-stream layout, bfloat16 or float16. Addresses and strides (elements); nothing "
-      "is checked here. Raises RuntimeError where CUDA refuses.");
+      "is checked here. wgmma: by the kernel of has_bitmap_linear_wgmma, whose workspace is "
+      "bitmap_linear_wgmma_workspace's. Raises RuntimeError where CUDA refuses.");
+  m.def("has_bitmap_linear_wgmma", &has_bitmap_linear_wgmma, "device"_a,
+        "Whether the device is a Hopper GPU for whose tensor cores this module has machine code.");
+  m.def("bitmap_linear_wgmma_workspace", &bitmap_linear_wgmma_workspace, "M"_a, "strips"_a, "K"_a, "splits"_a,
+        "device"_a, "Bytes of memory, whatever they hold, that bitmap_linear needs with wgmma.");
 
   m.attr("sparse_fragments") =
       py::dict("STRIP"_a = sparse_fragments::kStrip, "CHUNK"_a = sparse_fragments::kChunk,

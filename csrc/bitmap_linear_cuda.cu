@@ -1,5 +1,6 @@
 // bitmap_linear on CUDA, sm_80 and newer: the weight is decoded from its lane streams (fasticl/lane_stream.py) straight
-// into the registers of operand A of mma.m16n8k16, the tokens are operand B.
+// into the registers of operand A of mma.m16n8k16, the tokens are operand B. For more than 16 tokens Hopper has
+// bitmap_linear_wgmma_cuda.cu.
 //
 // A block computes a strip of 16 outputs for up to 64 tokens. Each of its warps takes a share of K, runs on its own
 // through a ring in shared memory, and meets the others only at the end, where their sums are added in a fixed order:
@@ -16,55 +17,18 @@
 // (227 KiB), two fill one of sm_80 (163 KiB). At density d a warp has `depth` chunks of about 2048 d + 128 bytes under
 // way: with depth 4, d = 1/2 and 12 warps, 54 KiB a multiprocessor.
 #include "bitmap_linear_cuda.h"
-#include "device.h"
+#include "lane_stream.h"
 
 namespace fasticl {
 namespace {
 
 using namespace lane_stream;
 
-constexpr int kChunkRows = kChunk * kStrip / 32 / 2;  // the most rows that a chunk adds
-
 // Rows of the ring in use while chunk c is decoded and chunk c + depth arrives: the lag, what depth + 1 chunks add, and
 // the rest of a last quad. Greater depths are for weights whose chunks add less; fasticl/lane_stream.py sees to it.
 static_assert(kLag + (kMinDepth + 1) * kChunkRows + kQuad - 1 <= kRing, "the ring must hold the densest weight");
 static_assert(kTail >= kChunkRows && kRing % kQuad == 0 && kTail % kQuad == 0, "what a chunk takes from past the ring");
 static_assert(kMasks > kMaxDepth && (kMasks & (kMasks - 1)) == 0, "slots of masks");
-
-// The 16 columns of x that a lane multiplies in a chunk.
-struct Fragment {
-  uint32_t words[8];
-};
-
-template <class T>
-FASTICL_DEVICE Fragment load_aligned(const T* x) {
-  const uint4 low = reinterpret_cast<const uint4*>(x)[0], high = reinterpret_cast<const uint4*>(x)[1];
-  return {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
-}
-
-// Of any alignment; zeros from the column `count` on.
-template <class T>
-FASTICL_DEVICE Fragment load_ragged(const T* x, int count) {
-  Fragment f;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const uint32_t even = 2 * i < count ? x[2 * i].bits : 0, odd = 2 * i + 1 < count ? x[2 * i + 1].bits : 0;
-    f.words[i] = even | odd << 16;
-  }
-  return f;
-}
-
-// How four positions with the bits of a nibble take their values from a stream. Words .x of two positions, .y of the
-// next two: in the lower half the selector that permutes the next two values, or zeros, into them; in the upper half of
-// .x the bytes by which the stream advances, 64 a value (two lie side by side in a row of 128), of .y the bits by which
-// the first two positions shift it.
-FASTICL_DEVICE uint2 nibble_entry(uint32_t nibble) {
-  const uint64_t selectors = 0x3210'1044'4410'4444;  // none, the first, the second, both; bytes 4 to 7 are zero
-  const uint32_t first = nibble & 3, second = nibble >> 2;
-  const uint32_t before = (first & 1) + (first >> 1), count = before + (second & 1) + (second >> 1);
-  return {static_cast<uint32_t>(selectors >> 16 * first & 0xffff) | count * 64 << 16,
-          static_cast<uint32_t>(selectors >> 16 * second & 0xffff) | before * 16 << 16};
-}
 
 // What a warp has under way: rows of values to its ring and mask words beside them, one group of copies for a chunk.
 class Stream {
@@ -123,7 +87,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 2)  // at most 12 warps fit: 1
   const unsigned shared_by = blockIdx.x / blocks;
   const int64_t strip = shared_by / p.token_tiles;
   const int64_t token0 = shared_by % p.token_tiles * kTiles * 8;
-  if (threadIdx.x < 16) reinterpret_cast<uint2*>(shared)[threadIdx.x] = nibble_entry(threadIdx.x);
+  fill_table(shared);
   __syncthreads();
 
   const unsigned share = block * warps + warp, shares = blocks * warps, chunks = p.chunks;  // products are below 2^32
@@ -154,9 +118,9 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 2)  // at most 12 warps fit: 1
     const auto load = [&](int tile) {
       const T* const x = x_rows[tile];
       x_rows[tile] += kChunk;
-      return aligned ? load_aligned(x) : load_ragged(x, left - t * 16);
+      return load_columns<8>(x, aligned, left - t * 16);
     };
-    Fragment tokens = load(0);  // arrives while the weight is decoded
+    Columns<8> tokens = load(0);  // arrives while the weight is decoded
     const int next_ahead = *++starts - first_row;
     if (p.depth == kMaxDepth) {
       copy_async_wait<kMaxDepth - 1>();
@@ -168,27 +132,12 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 2)  // at most 12 warps fit: 1
     const uint32_t mask = stream.mask(chunk);
     if (ahead > kLag && position < 2u * (ahead - kLag)) position = 2u * (ahead - kLag);
     ahead = next_ahead;
-    uint32_t at = ring + position / 2 % kRing * kRow + position % 2 * (kRow / 2);
-    position += __popc(mask);
     uint32_t a[4][4];
-#pragma unroll
-    for (int step = 0; step < 4; ++step) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {  // outputs g and g + 8, four columns each
-        const uint32_t nibble = mask >> (8 * step + 4 * half) & 15;
-        const uint2 entry = reinterpret_cast<const uint2*>(shared)[nibble];
-        const uint32_t* const words = reinterpret_cast<const uint32_t*>(shared + ((at & ~127u) | 4u * lane));
-        const uint32_t w0 = words[0], w1 = words[32], w2 = words[64];  // of rows not yet there, nothing is taken
-        const uint32_t shift = at >> 2;  // 16 for the second value of a word; rows are multiples of 32
-        const uint32_t v0 = shift_right_wrap(w0, w1, shift), v1 = shift_right_wrap(w1, w2, shift);
-        a[step][half] = permute(v0, 0, entry.x);
-        a[step][half + 2] = permute(shift_right_clamp(v0, v1, entry.y >> 16), 0, entry.y);
-        at += entry.x >> 16;
-      }
-    }
+    decode(shared, ring, position, mask, a);
+    position += __popc(mask);
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      const Fragment now = tokens;
+      const Columns<8> now = tokens;
       if (tile + 1 < kTiles) tokens = load(tile + 1);
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
@@ -200,37 +149,14 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 2)  // at most 12 warps fit: 1
 #pragma unroll  // into the ring: all copies have landed there, and no other lane reads this one's words
   for (int i = 0; i < kTiles * 4; ++i) reinterpret_cast<float*>(memory)[i * 32 + lane] = sums[i / 4][i % 4];
   __syncthreads();
-  constexpr int kSums = kTiles * 8 * kStrip;
   const auto add_warps = [&](int i) {
-    const int output = i % kStrip, column = i / kStrip;
-    const int held = (column / 8 * 4 + output / 8 * 2 + column % 2) * 32 + output % 8 * 4 + column % 8 / 2;
     float sum = 0.0f;
     for (int w = 0; w < warps; ++w) {
-      sum += reinterpret_cast<const float*>(shared + kTableBytes + w * kWarpBytes)[held];
+      sum += reinterpret_cast<const float*>(shared + kTableBytes + w * kWarpBytes)[held(i % kStrip, i / kStrip)];
     }
     return sum;
   };
-  const auto write = [&](int i, float sum) {
-    const int64_t token = token0 + i / kStrip, n = p.row_order[strip * kStrip + i % kStrip];
-    if (token >= p.M || n < 0) return;
-    if (p.bias) sum += to_float(static_cast<const T*>(p.bias)[n]);
-    from_float(activate(p.activation, sum), static_cast<T*>(p.y)[token * p.y_stride + n]);
-  };
-  if (p.blocks == 1) {
-    for (int i = threadIdx.x; i < kSums; i += blockDim.x) write(i, add_warps(i));
-    return;
-  }
-
-  auto* const counts = static_cast<unsigned long long*>(p.workspace);
-  float* const partial =
-      reinterpret_cast<float*>(counts + p.strips * p.token_tiles) + static_cast<int64_t>(shared_by) * p.blocks * kSums;
-  for (int i = threadIdx.x; i < kSums; i += blockDim.x) partial[block * kSums + i] = add_warps(i);
-  if (!comes_last(counts + shared_by, p.blocks, p.counts)) return;
-  for (int i = threadIdx.x; i < kSums; i += blockDim.x) {
-    float sum = 0.0f;
-    for (int b = 0; b < p.blocks; ++b) sum += partial[b * kSums + i];
-    write(i, sum);
-  }
+  finish<T, kStrip, kTiles * 8>(p, shared_by, p.strips * p.token_tiles, strip, token0, add_warps);
 }
 
 int tiles_of(int64_t M) { return M <= 8 ? 1 : M <= 16 ? 2 : M <= 32 ? 4 : 8; }  // of 8 tokens, a block
@@ -263,9 +189,7 @@ void run(BitmapLinearCuda p, int warps, int device, uintptr_t stream) {
 }  // namespace
 
 int64_t bitmap_linear_workspace(int64_t M, int64_t strips, int blocks) {
-  if (blocks == 1) return 0;
-  const int64_t sums = int64_t{tiles_of(M)} * 8 * kStrip * blocks;
-  return strips * token_tiles_of(M) * (int64_t{sizeof(unsigned long long)} + sums * int64_t{sizeof(float)});
+  return workspace_bytes(strips * token_tiles_of(M), tiles_of(M) * 8 * kStrip, blocks);
 }
 
 void bitmap_linear_cuda(BitmapLinearCuda p, int warps, DType dtype, int device, uintptr_t stream) {

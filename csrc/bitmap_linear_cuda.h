@@ -32,6 +32,7 @@ struct BitmapLinearCuda {
   const int32_t* row_order;  // [strips * 16]
   int64_t strips;
   int K, chunks;     // chunks = ceil(K / 64)
+  int splits;        // shares of K in which the streams were cut
   int depth;         // chunks that are fetched ahead of the one that is decoded
   const void* bias;  // [N] or null
   Activation activation;
@@ -49,5 +50,11 @@ int64_t bitmap_linear_workspace(int64_t M, int64_t strips, int blocks);
 
 // Runs it with `warps` a block, each on its share of K. Throws std::runtime_error where CUDA refuses.
 void bitmap_linear_cuda(BitmapLinearCuda p, int warps, DType dtype, int device, uintptr_t stream);
+
+// The same by wgmma, which chooses p.blocks itself, and has a workspace of its own; and whether `device` has that: a
+// Hopper GPU, and machine code for sm_90a in this build.
+void bitmap_linear_wgmma(BitmapLinearCuda p, DType dtype, int device, uintptr_t stream);
+int64_t bitmap_linear_wgmma_workspace(int64_t M, int64_t strips, int K, int splits, int device);
+bool has_bitmap_linear_wgmma(int device);
 
 }  // namespace fasticl

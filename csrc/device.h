@@ -130,6 +130,107 @@ FASTICL_DEVICE void mma_sp(float (&d)[4], const uint32_t (&a)[4], const uint32_t
         "n"(kSelector));
 }
 
+// ---- Hopper: what only sm_90a has -------------------------------------------------------------------------------
+
+// Kernels of these instructions have an empty body elsewhere; has_hopper_code() tells the host.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define FASTICL_HOPPER 1
+#endif
+
+// A word in shared memory that counts threads and bytes. A phase is over when `threads` have come and all bytes that
+// they announced have landed; phases have the parities 0, 1, 0, ... PTX ISA, mbarrier.
+using Barrier = uint64_t;
+
+FASTICL_DEVICE uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+FASTICL_DEVICE void barrier_init(Barrier* barrier, int threads) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(threads) : "memory");
+}
+
+// Announces bytes, and comes.
+FASTICL_DEVICE void barrier_expect(Barrier* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+
+// Until the phase of that parity, which is the current one or the one before, is over.
+FASTICL_DEVICE void barrier_wait(Barrier* barrier, uint32_t parity) {
+  uint32_t over;
+  do {
+    asm volatile(
+        "{\n.reg .pred over;\nmbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2;\nselp.u32 %0, 1, 0, over;\n}"
+        : "=r"(over)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  } while (!over);
+}
+
+// For data that are read once: L2 lets go of them first.
+FASTICL_DEVICE uint64_t evict_first() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// Copies bytes, addresses and their number multiples of 16, from global to shared memory; they count at the barrier.
+FASTICL_DEVICE void copy_bulk(void* shared, const void* global, int bytes, Barrier* barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+          "r"(shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+      : "memory");
+}
+
+// Orders what this thread wrote to and read from shared memory before what bulk copies and wgmma do there later on.
+FASTICL_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+FASTICL_DEVICE void store_shared(void* shared, uint4 words) { *static_cast<uint4*>(shared) = words; }
+
+// A matrix [n, k] of 16-bit elements in shared memory as wgmma finds it, by columns of 8 elements: the 16 bytes of (n,
+// 8 c..) lie at `matrix` + n / 8 * `n_stride` + c * `k_stride` + n % 8 * 16. Addresses and strides are multiples of 16
+// below 2^18. PTX ISA, matrix descriptor of wgmma: K-major without swizzle, whose leading dimension is k.
+FASTICL_DEVICE uint64_t descriptor(uint32_t matrix, uint32_t n_stride, uint32_t k_stride) {
+  return static_cast<uint64_t>(n_stride >> 4) << 32 | (k_stride >> 4) << 16 | matrix >> 4;
+}
+
+// Before the first product, and when registers of later products have been written.
+FASTICL_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+FASTICL_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits for all groups of products of this warp: their operands may be overwritten.
+FASTICL_DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+
+// Before a fence or after the wait: keeps the compiler from moving what is done with d or A to the other side.
+FASTICL_DEVICE void settle(float (&d)[8][4]) {
+#pragma unroll
+  for (int i = 0; i < 32; ++i) asm volatile("" : "+f"(d[i / 4][i % 4])::"memory");
+}
+
+FASTICL_DEVICE void settle(uint32_t (&a)[4][4]) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
+}
+
+// d += A B, asynchronously, by the four warps of a warpgroup: warp w has the rows 16 w.. of A [64, 16] and d [64, 64],
+// eight tiles of eight columns, in lanes as mma has them; B [16, 64] is the matrix of the descriptor, n its column. All
+// four warps give the same one. PTX ISA, wgmma.mma_async, register fragments of m64nNk16.
+#define FASTICL_D(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define FASTICL_WGMMA(type)                                                                                            \
+  asm volatile(                                                                                                        \
+      "{\n.reg .pred adds;\nsetp.ne.b32 adds, 1, 0;\n"                                                                 \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                                      \
+      " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,"               \
+      "%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, adds, 1, 1, 0;\n}"                                            \
+      : FASTICL_D(0), FASTICL_D(1), FASTICL_D(2), FASTICL_D(3), FASTICL_D(4), FASTICL_D(5), FASTICL_D(6), FASTICL_D(7) \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)                                                             \
+      : "memory")
+
+FASTICL_DEVICE void wgmma(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, bf16) { FASTICL_WGMMA("bf16"); }
+FASTICL_DEVICE void wgmma(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, f16) { FASTICL_WGMMA("f16"); }
+
 // ---- conversions --------------------------------------------------------------------------------------------
 
 FASTICL_DEVICE float to_float(bf16 v) { return __uint_as_float(static_cast<uint32_t>(v.bits) << 16); }
@@ -184,6 +285,15 @@ inline DeviceLimits limits(int device, const char* what) {
   check(cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, device), what);
   check(cudaDeviceGetAttribute(&found.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), what);
   return found;
+}
+
+// Whether `device` runs machine code of the kernel that was compiled for sm_90a, not sm_80's nor PTX's.
+template <class... Parameters>
+bool has_hopper_code(const char* what, void (*kernel)(Parameters...), int device) {
+  const DeviceGuard guard(device, what);
+  cudaFuncAttributes found;
+  check(cudaFuncGetAttributes(&found, kernel), what);
+  return found.binaryVersion == 90 && found.ptxVersion == 90;
 }
 
 // kernel<<<blocks, threads, shared_bytes, stream>>>(arguments...) on `device`. Allocates nothing and waits for

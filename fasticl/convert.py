@@ -575,8 +575,9 @@ def _implementations_text(layer: nn.Module, tokens: Sequence[int]) -> str:
         runs = partial(implementation_of_bitmap, gather=layer._gather is not None)
     elif layer._gather is not None:
         runs = implementation_of_sliced
-    elif layer._fragments is not None:
-        runs = implementation_of_nm
+    elif layer._fragments is not None or layer._compressed is not None:
+        layouts = (layer._fragments is not None, layer._compressed is not None)
+        runs = partial(implementation_of_nm, fragments=layouts[0], compressed=layouts[1])
     else:
         return ""
     names: dict[str, list[int]] = {}

@@ -11,7 +11,8 @@ On the CPU the row kernels run on this form as it is: it streams a row's values 
 ``4 d + 1/8`` bytes for float32 at density ``d``, and one copy serves one token and a thousand. On a GPU a bitmap weight
 is held in the order of its kernel too, ``PackedWeight.lanes`` (fasticl/lane_stream.py), a bitmap or sliced weight of
 density below 1/4 as lists for up to eight tokens, ``PackedWeight.gather`` (fasticl/gather_layout.py), and a 2:4 weight
-in the order of the sparse tensor cores, ``PackedWeight.fragments`` (fasticl/sparse_fragments.py). Formats:
+in the order of the sparse tensor cores, ``PackedWeight.fragments`` (fasticl/sparse_fragments.py), and where the GPU's
+table says so in cuSPARSELt's, ``PackedWeight.compressed`` (fasticl/cusparselt.py). Formats:
 
     bitmap   any zeros
     nm       exactly n values in every m consecutive columns; zeros are stored where a group has fewer
@@ -33,6 +34,7 @@ from torch import Tensor
 
 from fasticl import _C
 from fasticl.bits import count_bits, expand_bits, pack_bits, true_positions
+from fasticl.cusparselt import derive_compressed, to_compressed
 from fasticl.gather_layout import GatherLayout, derive_gather, to_gather
 from fasticl.lane_stream import LaneStream, derive_lanes, to_lanes
 from fasticl.sparse_fragments import derive_fragments, to_fragments
@@ -88,6 +90,7 @@ class PackedWeight:
     scales: Tensor | None = None  # of int8 values
     fragments: Tensor | None = None  # the CUDA kernel's layout of 2:4: fasticl/sparse_fragments.py
     gather: GatherLayout | None = None  # the CUDA kernel's layout of few values: fasticl/gather_layout.py
+    compressed: Tensor | None = None  # cuSPARSELt's layout of 2:4: fasticl/cusparselt.py
 
     @property
     def dtype(self) -> torch.dtype:
@@ -120,7 +123,7 @@ class PackedWeight:
         if self.sliced is not None:
             return _bytes([*vars(self.sliced).values(), *([] if self.scales is None else [self.scales])])
         if self.format == "nm":  # rows are equally long
-            return self.bytes - _bytes([self.row_offsets])
+            return self.bytes - _bytes([self.row_offsets, *([] if self.compressed is None else [self.compressed])])
         return self.bytes
 
     @property
@@ -129,7 +132,8 @@ class PackedWeight:
         return self.shape[0] * self.shape[1] * self.dtype.itemsize
 
     def _tensors(self) -> list[Tensor]:
-        own = [self.values, self.scales, self.bitmask, self.row_offsets, self.rows, self.columns, self.fragments]
+        own = [self.values, self.scales, self.bitmask, self.row_offsets, self.rows, self.columns]
+        own += [self.fragments, self.compressed]
         derived = list(vars(self.sliced).values()) if self.sliced is not None else []
         derived += self.lanes.tensors if self.lanes is not None else []
         derived += self.gather.tensors if self.gather is not None else []
@@ -178,8 +182,8 @@ class PackedWeight:
             return {name: t.to(device) if isinstance(t, Tensor) else t for name, t in fields.items()}
 
         sliced = None if self.sliced is None else SlicedLayout(**moved(vars(self.sliced)))
-        portable = {**vars(self), "sliced": sliced, "lanes": None, "fragments": None, "gather": None}
-        return _with_device_layout(PackedWeight(**moved(portable)))
+        derived = dict.fromkeys(("lanes", "fragments", "gather", "compressed"))
+        return _with_device_layout(PackedWeight(**moved({**vars(self), "sliced": sliced, **derived})))
 
     def index_select(self, dim: int, index: Tensor) -> PackedWeight:
         """Some rows (``dim`` 0) or columns (1): what unpacks to ``unpack().index_select(dim, index)``, bit for bit.
@@ -260,6 +264,9 @@ class PackedWeight:
             self._validate_derived("gather.", vars(self.gather), vars(rebuilt))
         if self.fragments is not None:
             self._validate_derived("", {"fragments": self.fragments}, {"fragments": to_fragments(self)})
+        if self.compressed is not None:  # its bytes are the library's, and some of them nobody's
+            anew = to_compressed(self)
+            _expect_tensor("compressed", self.compressed, anew.dtype, list(anew.shape))
         return self
 
     def _validate_compact(self) -> None:
@@ -547,8 +554,10 @@ def device_layouts(lanes: LaneStream | None, gather: GatherLayout | None) -> dic
 
 def _with_device_layout(packed: PackedWeight) -> PackedWeight:
     """The weight with the layout that its device's kernel takes, if there is one."""
-    lanes, fragments, gather = derive_lanes(packed), derive_fragments(packed), derive_gather(packed)
-    return dataclasses.replace(packed, lanes=lanes, fragments=fragments, gather=gather)
+    return dataclasses.replace(
+        packed, lanes=derive_lanes(packed), fragments=derive_fragments(packed), gather=derive_gather(packed),
+        compressed=derive_compressed(packed),
+    )  # fmt: skip
 
 
 def _as_integers(t: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""The lane-stream layout: a bitmap weight as the tensor cores of a GPU take it (csrc/bitmap_linear_cuda.cu).
+"""The lane-stream layout: a bitmap weight as the tensor cores of a GPU take it (csrc/bitmap_linear_cuda.cu, and on
+Hopper csrc/bitmap_linear_wgmma_cuda.cu, whose warps take four strips of a warpgroup's 64 outputs).
 
 16 outputs are a strip, 64 columns a chunk. Lane ``l = 4 g + t`` of a warp holds, of a strip and chunk, the outputs
 ``g`` and ``g + 8`` and the columns ``16 t`` to ``16 t + 15``: 32 positions, in the order in which operand A of

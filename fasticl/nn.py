@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from fasticl import formats, ops
+from fasticl.cusparselt import derive_compressed
 from fasticl.formats import PackedWeight, SlicedLayout
 from fasticl.gather_layout import GatherLayout, derive_gather
 from fasticl.icl.model import FusedICLTransformer, ICLTransformer
@@ -101,6 +102,7 @@ class SparseLinear(nn.Module):
     _lanes: LaneStream | None
     _fragments: Tensor | None
     _gather: GatherLayout | None
+    _compressed: Tensor | None
 
     def __init__(self, packed: PackedWeight, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -143,6 +145,7 @@ class SparseLinear(nn.Module):
         for name, tensor in zip(_DERIVED, layout, strict=True):
             self.register_buffer(name, tensor, persistent=False)
         self._lanes, self._fragments, self._gather = packed.lanes, packed.fragments, packed.gather
+        self._compressed = packed.compressed
 
     @property
     def packed(self) -> PackedWeight:
@@ -153,16 +156,16 @@ class SparseLinear(nn.Module):
         return PackedWeight(
             self.format, (self.out_features, self.in_features), self.values, self.bitmask, self.row_offsets,
             self.pattern, self.rows, self.columns, sliced, self._lanes, self.scales,
-            self._fragments, self._gather,
+            self._fragments, self._gather, self._compressed,
         )  # fmt: skip
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
-        """Moves or casts the tensors, and derives the CUDA kernel's layout from them anew where they then are."""
-        self._lanes = self._fragments = self._gather = None
+        """Moves or casts the tensors, and derives the CUDA kernels' layouts from them anew where they then are."""
+        self._lanes = self._fragments = self._gather = self._compressed = None
         super()._apply(fn, recurse)
         portable = self.packed
         self._lanes, self._fragments = derive_lanes(portable), derive_fragments(portable)
-        self._gather = derive_gather(portable)
+        self._gather, self._compressed = derive_gather(portable), derive_compressed(portable)
         return self
 
     def to_dense(self) -> nn.Linear:
@@ -184,8 +187,8 @@ class SparseLinear(nn.Module):
             if self._lanes is not None or self._gather is not None:
                 layouts = formats.device_layouts(self._lanes, self._gather)
                 return _OPS[self.format](x, *operands, bias, None, **layouts)
-            if self._fragments is not None:
-                return _OPS[self.format](x, *operands, bias, None, None, self._fragments)
+            if self._fragments is not None or self._compressed is not None:
+                return _OPS[self.format](x, *operands, bias, None, None, self._fragments, self._compressed)
             return _OPS[self.format](x, *operands, bias, None)
         return _CHECKED[self.format](x, self.packed, bias)
 

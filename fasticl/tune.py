@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import fasticl
-from fasticl import lane_stream, ops, tuned
+from fasticl import cusparselt, lane_stream, ops, tuned
 from fasticl.ops.bitmap_linear import has_cuda_kernel
 from fasticl.timing import interleaved
 from fasticl.tuned import SPACE, Bucket, Config
@@ -37,6 +37,7 @@ MLPS = ((14336, 4096), (8192, 2048), (3072, 768))
 PROMPTS = ((512, 64, 1024), (512, 256, 1024), (20, 60, 1024), (4096, 64, 1))  # L, d, prompts
 NEURONS = 256  # of attention_mlp
 BATCHES = (1, 16, 64, 256)
+PREFILL = 1024  # tokens: bitmap_linear and nm_linear have implementations for many
 DENSITIES = {"bitmap_linear": (0.5, 0.2), "sliced_linear": (0.2, 0.1), "nm_linear": (0.5,)}
 
 
@@ -81,9 +82,10 @@ def problems(op_names: Sequence[str], dtype: torch.dtype, device: str = "cuda") 
                 for batch in BATCHES:
                     add(op, H, K, batch, 1.0, _mlp_calls)
         else:
+            batches = BATCHES[:2] if op == "sliced_linear" else (*BATCHES, PREFILL)
             for density in DENSITIES[op]:
                 for N, K in LAYERS:
-                    for batch in BATCHES[:2] if op == "sliced_linear" else BATCHES:
+                    for batch in batches:
                         add(op, N, K, min(batch, 8) if op == "sliced_linear" else batch, density, _linear_calls)
     return list(found.values())
 
@@ -106,7 +108,8 @@ def _linear_calls(
     if op == "nm_linear":
         dropped = weight.view(N, K // 4, 4).abs().argsort(2)[..., :2]
         weight = weight.view(N, K // 4, 4).scatter(2, dropped, 0).view(N, K)
-        packed = fasticl.pack(weight, "nm", pattern="2:4")
+        with tuned.forced(op, {"implementation": cusparselt.NAME}):  # for the copy that it takes
+            packed = fasticl.pack(weight, "nm", pattern="2:4")
     else:
         chance = torch.rand(N, K, generator=torch.Generator(device).manual_seed(0), device=device)
         packed = fasticl.pack(weight.masked_fill(chance >= density, 0), op.removesuffix("_linear"))
@@ -161,30 +164,38 @@ def search(problem: Problem, time: Timer = time_in_graphs) -> dict[str, Any]:
         return False
 
     space = dict(SPACE[problem.op])
-    implementations = space.pop("implementation", ())
-    if not (has_cuda_kernel and problem.dtype in lane_stream.DTYPES):
-        implementations = ()
-    # The settings are those of the last implementation, which is tried at its best; the first is the default, and those
-    # between have none.
-    best: dict[str, Any] = {"implementation": implementations[-1]} if implementations else {}
+    implementations = [name for name in space.pop("implementation", ()) if _runs(name, problem.dtype)]
+    # The settings are Triton's, which is tried at its best; CUDA C++, where it is there, is the default.
+    best: dict[str, Any] = {"implementation": "Triton"} if len(implementations) > 1 else {}
     if agrees(best):
         for name, values in space.items():
             tried = [best, *(c for value in values if agrees(c := {**best, name: value}))]
             ms = time(problem, calls, tried)
             best = dict(tried[ms.index(min(ms))])
-    others: list[Config] = [*({"implementation": name} for name in implementations[1:-1]), best]
+    between = [name for name in implementations if name not in ("CUDA C++", "Triton")]
+    others: list[Config] = [*({"implementation": name} for name in between), best]
     finalists: list[Config] = [{}, *(config for config in others if config and agrees(config))]
     ms = time(problem, calls, finalists)
     chosen = ms.index(min(ms))
     chosen = chosen if ms[chosen] * (1 + MARGIN) <= ms[0] else 0
     config = dict(finalists[chosen])
-    if implementations and not config:
-        config["implementation"] = implementations[0]
+    if "CUDA C++" in implementations and not config:
+        config["implementation"] = "CUDA C++"
     names = ("op", "N", "K", "batch", "value_bytes", "density")
     return {
         **dict(zip(names, problem.bucket, strict=True)),
         "config": config, "ms": round(ms[chosen], 6), "default_ms": round(ms[0], 6),
     }  # fmt: skip
+
+
+def _runs(implementation: str, dtype: torch.dtype) -> bool:
+    if implementation == cusparselt.NAME:
+        return dtype in cusparselt.DTYPES and torch.cuda.is_available() and cusparselt.runs_on(_current_device())
+    return implementation == "Triton" or (has_cuda_kernel and dtype in lane_stream.DTYPES)
+
+
+def _current_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _close(y: Tensor, expected: Tensor) -> bool:

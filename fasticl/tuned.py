@@ -23,14 +23,15 @@ Bucket = tuple[str, int, int, int, int, float]  # op, N, K, batch, bytes of a va
 
 _WARPS, _STAGES = (1, 2, 4, 8), (1, 2, 3, 4)
 _PACKED = {"BLOCK_N": (8, 16, 32, 64, 128), "BYTES": (4, 8, 16, 32), "num_warps": _WARPS, "num_stages": _STAGES}
-_TWO = {"implementation": ("CUDA C++", "Triton")}
 # What may be tuned, by op, and the values that it may have. In a table N and K are outputs and inputs of a linear,
 # hidden neurons and inputs of fused_mlp, columns L and width d of attention_mlp. "CUDA C++" is the kernel that
-# fasticl/ops/_linear.py names for the tokens and density, "lane stream" the one that takes any.
+# fasticl/ops/bitmap_linear.py and _linear.py name for the tokens and density; "lane stream" takes any, "wgmma" too, on
+# Hopper, and is "CUDA C++" elsewhere; "PyTorch" multiplies by the unpacked weight. Of nm_linear "CUDA C++" is the
+# default, which beyond 64 tokens is Triton.
 SPACE: dict[str, dict[str, tuple[Any, ...]]] = {
-    "bitmap_linear": {"implementation": ("CUDA C++", "lane stream", "Triton"), **_PACKED},
-    "nm_linear": {**_TWO, **_PACKED},
-    "sliced_linear": {**_TWO, "STEPS": (8, 16, 32, 64, 128), "num_warps": _WARPS},
+    "bitmap_linear": {"implementation": ("CUDA C++", "lane stream", "wgmma", "PyTorch", "Triton"), **_PACKED},
+    "nm_linear": {"implementation": ("CUDA C++", "cuSPARSELt", "Triton"), **_PACKED},
+    "sliced_linear": {"implementation": ("CUDA C++", "Triton"), "STEPS": (8, 16, 32, 64, 128), "num_warps": _WARPS},
     "fused_mlp": {
         "BLOCK_H": (16, 32, 64, 128), "BLOCK_K": (16, 32, 64, 128), "num_warps": _WARPS, "num_stages": _STAGES,
     },
@@ -59,6 +60,12 @@ def lookup(op: str, x: Tensor, N: int, K: int, batch: int, density: float = 1.0)
     if not x.is_cuda:
         return {}
     return _measured(x.get_device(), op, N, K, batch, x.dtype, density)
+
+
+def picks(op: str, implementation: str, x: Tensor, N: int, K: int, density: float) -> bool:
+    """Whether the table of x's device names this implementation at any number of tokens."""
+    found = (lookup(op, x, N, K, int(batch), density) for batch in BOUNDS["batch"])
+    return any(config.get("implementation") == implementation for config in found)
 
 
 @contextmanager

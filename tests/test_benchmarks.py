@@ -39,6 +39,7 @@ import gpu_models  # noqa: E402
 import linear  # noqa: E402
 import plot  # noqa: E402
 import run  # noqa: E402
+import strips  # noqa: E402
 import tables  # noqa: E402
 
 HERE = environment.Environment("cpu", 1, torch.__version__, "", "0", "abc")
@@ -402,6 +403,27 @@ def test_torch_s_own_sparse_layers(capsys: pytest.CaptureFixture[str]) -> None:
     if not torch.cuda.is_available():
         assert linear.torch_sparse("torch_2_4", 96, 64, 0.5, "2:4", x, "float32", "hot") == []
         assert "torch_2_4 is not measured: RuntimeError: " in capsys.readouterr().out
+        assert linear.nm_on_cusparselt(96, 64, x, "float32", "hot") == []
+        refused = "fasticl_cusparselt is not measured: RuntimeError: cuSPARSELt does not take [96, 64], torch.float32"
+        assert refused in capsys.readouterr().out
+
+
+def test_strips_of_rows_list_the_columns_of_all_their_rows() -> None:
+    keep = torch.rand(40, 30) < 0.1  # the last strip has eight rows
+    union = [{int(k) for row in keep[n : n + 16] for k in row.nonzero()} for n in range(0, 40, 16)]
+    assert strips.listed(keep) == pytest.approx(sum(map(len, union)) / (3 * 30))
+    assert sorted(strips.similar_rows(keep).tolist()) == list(range(40))
+
+
+def test_strips_find_rows_that_share_their_columns() -> None:
+    """Four kinds of rows, shuffled: sorted, a strip lists what one of its rows stores."""
+    kinds = torch.rand(4, 96).argsort(1) < 24
+    keep = kinds.repeat_interleave(16, 0)[torch.randperm(64)]
+    (row, total) = strips.count({"a.up_proj": keep})
+    assert (row["linear"], total["linear"]) == ("up_proj", "all")
+    assert float(row["density"]) == float(row["sorted"]) == 0.25
+    assert float(row["as_they_are"]) > 0.5
+    assert float(row["strip_bytes"]) == pytest.approx(2 * 0.25 * 17 / 16, abs=1e-4)
 
 
 @pytest.mark.parametrize("when", ["checked", "captured", "wrong"])

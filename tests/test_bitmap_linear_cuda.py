@@ -20,6 +20,7 @@ from torch import Tensor
 import fasticl
 from fasticl import lane_stream
 from fasticl.lane_stream import LaneStream, to_lanes
+from fasticl.ops import _linear
 from fasticl.ops import _registry as registry
 from fasticl.testing import cuda_on_cpu
 
@@ -387,12 +388,16 @@ def test_the_op_refuses_by_name(op: Callable[..., Tensor]) -> None:
 def test_the_op_leaves_to_others_what_the_kernel_does_not_take(
     op: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Too many tokens to the reference, weights without the layout to Triton."""
+    """More tokens than it pays for to PyTorch in x's dtype, weights without the layout to Triton."""
     packed = fasticl.pack(pruned(20, 70, 0.5), "bitmap")
     portable = (packed.values, packed.bitmask, packed.row_offsets)
     x, lanes = torch.randn(257, 70).bfloat16(), to_lanes(packed)
     expected = fasticl.ops.bitmap_linear(x, packed)
+    monkeypatch.setattr(_linear, "reference_linear", None)  # in float32
     torch.testing.assert_close(op(x, *portable, None, None, lanes.tensors, lanes.plan), expected)
+    bias = torch.randn(20).bfloat16()
+    activated = torch.nn.functional.silu(dense(x, packed.unpack(), bias))
+    torch.testing.assert_close(op(x, *portable, bias, "silu", lanes.tensors, lanes.plan), activated)
     seen: list[object] = []
     monkeypatch.setattr(
         importlib.import_module("fasticl.ops.bitmap_linear"),

@@ -93,6 +93,44 @@ def test_machine_code(compiled: tuple[Path, str]) -> None:
 
 @needs_nvcc
 @needs_cuobjdump
+def test_machine_code_of_bitmap_linear_wgmma(tmp_path: Path) -> None:
+    """No registers spilled, products that need not wait for each other, rows by bulk copies, few instructions."""
+    cubin, said = compile_kernels("bitmap_linear_wgmma", "90a", tmp_path)
+    assert "serialized" not in said, said
+    assert len(re.findall(r"Used (\d+) registers", said)) == 6  # two dtypes, three widths of tokens
+    kernels = kernels_of(cubin)
+    assert len(kernels) == 6
+    for name, instructions in kernels.items():
+        tiles = int(re.search(r"Li(\d)E", name)[1])
+        kind = r"\.BF16" if "4bf16" in name else ""
+        texts = [text for _, text in instructions]
+        products = [at for at, text in enumerate(texts) if re.search(rf"HGMMA\.64x64x16\.F32{kind} R", text)]
+        assert len(products) == 2 * 4 * tiles, name  # of an even and an odd chunk
+        local = [text for text in texts if re.search(r"\b(LDL|STL)\b", text)]
+        assert not local, f"{name}: local memory: {local[:3]}"
+        assert sum("UBLKCP" in text for text in texts) == 2, name  # rows, and those that lie in the ring twice
+        assert not [text for text in texts if "LDGSTS" in text], name
+        assert sum("SYNCS.PHASECHK" in text for text in texts) >= 1, name
+        assert sum("LDG.E.128" in text for text in texts) == 3 * 4 * max(1, tiles // 2), name
+        starts = [at for at, text in enumerate(texts) if "WARPGROUP.ARRIVE" in text]
+        waits = [at for at, text in enumerate(texts) if "WARPGROUP.DEPBAR" in text]
+        assert len(starts) == 2, name
+        assert len(waits) == 3, name  # before the products of a chunk, and after the last ones
+        for start in starts:
+            # Before the products: the last ones have read their operands, what was stored is seen, and all have come.
+            before = [text for text in texts[:start] if re.search("WARPGROUP.DEPBAR|FENCE.VIEW.ASYNC|BAR.SYNC", text)]
+            assert [text.split(".")[0] for text in before[-3:]] == ["WARPGROUP", "FENCE", "BAR"], name
+            # From the first nibble to the last value: 32 positions a lane.
+            nibbles = [at for at, text in enumerate(texts[:start]) if re.search(r"\bLDS\.64\b", text)][-8:]
+            last = max(at for at, text in enumerate(texts[:start]) if re.search("PRMT R.*RZ", text))
+            count = (last - nibbles[0] + 1) / 32
+            assert count <= 5, f"{name}: {count:.2f} instructions a position"
+    elsewhere, _ = compile_kernels("bitmap_linear_wgmma", "80", tmp_path)
+    assert all(len(instructions) < 40 for instructions in kernels_of(elsewhere).values())  # no body
+
+
+@needs_nvcc
+@needs_cuobjdump
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_machine_code_of_nm_linear(architecture: str, tmp_path: Path) -> None:
     """No registers spilled, all products sparse, and weight and tokens move by 16 bytes a lane."""
@@ -163,6 +201,8 @@ def test_the_module_needs_no_driver() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match=r"bitmap_linear: .*needs an NVIDIA GPU and a driver for CUDA \d+\.\d"):
             cuda.bitmap_linear(0, 1, 64, 0, 0, 0, 0, 1, 64, 1, 1, 4, 0, 0, 0, 0, 64, 1, 0, 0)
+        with pytest.raises(RuntimeError, match=r"bitmap_linear: .*needs an NVIDIA GPU and a driver for CUDA \d+\.\d"):
+            cuda.has_bitmap_linear_wgmma(0)
         with pytest.raises(RuntimeError, match=r"nm_linear: .*needs an NVIDIA GPU and a driver for CUDA \d+\.\d"):
             cuda.nm_linear(0, 1, 64, 0, 1, 64, 0, 0, 0, 64, 1, 0, 0)
         with pytest.raises(RuntimeError, match=r"sliced_linear: .*needs an NVIDIA GPU and a driver for CUDA \d+\.\d"):

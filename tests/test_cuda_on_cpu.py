@@ -19,11 +19,12 @@ SOURCE = r"""
 using namespace fasticl;
 
 static char message[1000];
+static int threads = 64;
 template <class... P, class... A>
 const char* run_blocks(unsigned seed, int blocks, int shared_bytes, void (*kernel)(P...), A... arguments) {
   cuda_on_cpu::seed = seed;
   try {
-    launch("kernel", kernel, blocks, 64, shared_bytes, 0, 0, arguments...);
+    launch("kernel", kernel, blocks, threads, shared_bytes, 0, 0, arguments...);
   } catch (const std::exception& error) {
     return std::strncpy(message, error.what(), sizeof message - 1);
   }
@@ -130,6 +131,51 @@ void matrices(const uint32_t* in, uint32_t* out, int offset) {
   }
 }
 
+enum Bug {
+  none, no_wait_for_copy, wrong_parity, too_many_bytes, barrier_not_fenced, copied_over, no_fence_for_proxy, no_barrier,
+  no_fence_for_registers, no_commit, no_wait_for_products, b_overwritten, a_overwritten, strides_swapped,
+  misaligned_copy, apart_in_a_warp
+};
+
+// A warpgroup multiplies, round after round: operand B comes by a bulk copy, and each thread moves 16 bytes of it to
+// the place where wgmma reads them.
+template <class T>
+void warpgroup(const uint32_t* a, const unsigned char* b, float* out, int rounds, int n_stride, int k_stride, Bug bug) {
+  FASTICL_SHARED(shared);
+  unsigned char* const copied = shared + 2048;
+  auto* const barrier = reinterpret_cast<Barrier*>(shared + 4096);
+  const int thread = threadIdx.x;
+  if (thread == 0) {
+    barrier_init(barrier, 1);
+    if (bug != barrier_not_fenced) fence_proxy_async();
+  }
+  float d[8][4] = {};
+  uint32_t held[4];
+  if (bug == strides_swapped) std::swap(n_stride, k_stride);
+  __syncthreads();
+  for (int round = 0; round < rounds; ++round) {
+    if (thread == 0) {
+      barrier_expect(barrier, bug == too_many_bytes ? 2064 : 2048);
+      copy_bulk(copied + (bug == misaligned_copy ? 8 : 0), b + 2048 * round, 2048, barrier, evict_first());
+    }
+    if (bug != no_wait_for_copy) barrier_wait(barrier, (round + (bug == wrong_parity)) % 2);
+    uint4 words;
+    std::memcpy(&words, copied + 16 * thread, 16);
+    store_shared(shared + 16 * thread, words);
+    for (int i = 0; i < 4; ++i) held[i] = a[(128 * round + thread) * 4 + i];
+    if (bug != no_fence_for_proxy) fence_proxy_async();
+    if (bug != no_barrier) __syncthreads();
+    if (bug != no_fence_for_registers) wgmma_fence();
+    if (bug == apart_in_a_warp && thread % 2) __syncwarp();
+    wgmma(d, held, descriptor(shared_address(shared), n_stride, k_stride), T{});
+    if (bug != no_commit) wgmma_commit();
+    if (bug == a_overwritten) held[0] = 0;
+    if (bug != no_wait_for_products && (bug != b_overwritten || round + 1 == rounds)) wgmma_wait();
+    if (bug != copied_over) __syncthreads();
+  }
+  std::memcpy(out + 32 * thread, d, sizeof d);
+}
+
 #define API extern "C" __attribute__((visibility("default")))
 API const char* run_neighbours(unsigned s, int* out, bool b) { return run(s, 256, neighbours, out, b); }
 API const char* run_copied(unsigned s, const int* in, int* out, bool w) { return run(s, 256, copied, in, out, w); }
@@ -152,6 +198,14 @@ API const char* run_sparse_product(const uint32_t* a, const uint32_t* b, const u
   return half ? run(0, 0, sparse_product<f16, 0>, a, b, m, d) : run(0, 0, sparse_product<bf16, 0>, a, b, m, d);
 }
 API const char* run_matrices(const uint32_t* in, uint32_t* out, int o) { return run(0, 640, matrices, in, out, o); }
+API const char* run_warpgroup(unsigned s, const uint32_t* a, const unsigned char* b, float* out, int rounds,
+                              int n_stride, int k_stride, Bug bug, bool half) {
+  threads = 128;
+  const auto kernel = half ? warpgroup<f16> : warpgroup<bf16>;
+  const char* const failed = run(s, 4112, kernel, a, b, out, rounds, n_stride, k_stride, bug);
+  threads = 64;
+  return failed;
+}
 API uint32_t call_permute(uint32_t a, uint32_t b, uint32_t s) { return permute(a, b, s); }
 API uint32_t call_wrap(uint32_t l, uint32_t h, uint32_t s) { return shift_right_wrap(l, h, s); }
 API uint32_t call_clamp(uint32_t l, uint32_t h, uint32_t s) { return shift_right_clamp(l, h, s); }
@@ -183,6 +237,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         "misaligned",
         "product",
         "sparse_product",
+        "warpgroup",
     )
     for name in (*runs, "matrices"):
         getattr(library, f"run_{name}").restype = ctypes.c_char_p
@@ -325,6 +380,67 @@ def test_matrices_are_operand_b(kernels: ctypes.CDLL) -> None:
         for i in range(4):
             assert list(words[i]) == [x[g, 2 * t + 8 * i], x[g, 2 * t + 8 * i + 1]]
     assert b"ldmatrix: a misaligned address" in kernels.run_matrices(pointer(rows), pointer(out), ctypes.c_int(4))
+
+
+# Planted bugs in the order of the enumeration, and what is said of them; None: that the result is wrong.
+BUGS = {
+    "none": "",
+    "no_wait_for_copy": None,
+    "wrong_parity": None,
+    "too_many_bytes": "that others of their warp or block never reach",
+    "barrier_not_fenced": "a barrier without fence.proxy.async",
+    "copied_over": None,
+    "no_fence_for_proxy": "operand B was written without fence.proxy.async",
+    "no_barrier": None,
+    "no_fence_for_registers": "registers without wgmma.fence",
+    "no_commit": None,
+    "no_wait_for_products": None,
+    "b_overwritten": None,
+    "a_overwritten": None,
+    "strides_swapped": None,
+    "misaligned_copy": "cp.async.bulk: a misaligned address",
+    "apart_in_a_warp": "meet at",
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_warpgroup_products_of_what_bulk_copies_bring(kernels: ctypes.CDLL, dtype: torch.dtype, bug: str) -> None:
+    """By the PTX manual: wgmma m64n64k16, elements a0 to a7 and d0 to d31 of the fragments; operand B K-major without
+    swizzle, in core matrices of 8 rows of n and 16 bytes of k. What is right is right in every order.
+    """
+    rounds = 3
+    a, b = torch.randn(rounds, 64, 16).to(dtype), torch.randn(rounds, 64, 16).to(dtype)  # b: [n, k]
+    threads = [(thread // 32, thread % 32 // 4, thread % 4) for thread in range(128)]
+    rows = torch.tensor([[16 * w + g + 8 * (i in (2, 3, 6, 7)) for i in range(8)] for w, g, _ in threads])
+    columns = torch.tensor([[2 * t + i % 2 + 8 * (i >= 4) for i in range(8)] for _, _, t in threads])
+    fragments = a[:, rows, columns].contiguous().view(torch.int32).numpy()
+    d_rows = torch.tensor([[16 * w + g + 8 * (i // 2 % 2) for i in range(32)] for w, g, _ in threads])
+    d_columns = torch.tensor([[8 * (i // 4) + 2 * t + i % 2 for i in range(32)] for _, _, t in threads])
+    truth = torch.einsum("rmk,rnk->mn", a.double(), b.double())[d_rows, d_columns]
+    n, k = torch.meshgrid(torch.arange(64), torch.arange(16), indexing="ij")
+    for n_stride, k_stride in ((128, 1024), (256, 128)):
+        place = (n // 8 * n_stride + k // 8 * k_stride + n % 8 * 16 + k % 8 * 2) // 2
+        laid_out = torch.empty_like(b).view(rounds, 1024)
+        laid_out[:, place] = b
+        image = laid_out.view(torch.int16).numpy()
+        said, right = set(), []
+        for seed in range(24):
+            out = np.full((128, 32), np.nan, np.float32)
+            said.add(
+                kernels.run_warpgroup(
+                    seed, pointer(fragments), pointer(image), pointer(out), rounds, n_stride, k_stride,
+                    list(BUGS).index(bug), ctypes.c_bool(dtype == torch.float16),
+                )
+            )  # fmt: skip
+            right.append(np.allclose(out, truth.numpy(), rtol=1e-5, atol=1e-4))
+        if bug == "none":
+            assert said == {None}
+            assert all(right)
+        elif BUGS[bug] is None:
+            assert not all(right)
+        else:
+            assert any(message and BUGS[bug].encode() in message for message in said), said
 
 
 def test_bits(kernels: ctypes.CDLL) -> None:

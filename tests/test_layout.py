@@ -46,7 +46,7 @@ def test_an_op_has_its_files(op: str) -> None:
 
 
 def test_kernels_have_their_op() -> None:
-    kernels = {re.sub(r"_(cpu|cuda)$", "", path.stem) for path in (ROOT / "csrc").glob("*_c[pu]*.c[pu]*")}
+    kernels = {re.sub(r"(_wgmma)?_(cpu|cuda)$", "", path.stem) for path in (ROOT / "csrc").glob("*_c[pu]*.c[pu]*")}
     kernels -= {"bindings"}
     kernels |= {path.stem for path in (ROOT / "kernels").glob("[!_]*.py")}
     assert kernels <= set(OPS), f"kernels of no registered op: {sorted(kernels - set(OPS))}"

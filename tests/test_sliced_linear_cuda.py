@@ -284,7 +284,7 @@ def test_too_many_tokens_are_refused(kernels: Kernels) -> None:
 class Op:
     """What the dispatcher calls for CUDA tensors, on CPU tensors: with the module that runs there, and no stream.
 
-    ``ran`` is what it ran of others: Triton, or the kernel of the lane stream.
+    ``ran`` is what it ran of others: Triton, or a kernel of the lane stream.
     """
 
     def __init__(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,12 +297,16 @@ class Op:
             return lambda *arguments: (self.ran.append(what), run(*arguments))[1]
 
         kernels = {
-            "bitmap_linear": recorded("lane stream", loaded.bitmap_linear),
+            "bitmap_linear": lambda *arguments: recorded(
+                "wgmma" if arguments[-1] else "lane stream", loaded.bitmap_linear
+            )(*arguments),
             "sliced_linear": recorded("gather", loaded.sliced_linear),
             "bitmap_linear_workspace": loaded.bitmap_linear_workspace,
+            "bitmap_linear_wgmma_workspace": loaded.bitmap_linear_wgmma_workspace,
             "sliced_linear_workspace": loaded.sliced_linear_workspace,
         }
         monkeypatch.setattr(bitmap, "_C_cuda", SimpleNamespace(**kernels))
+        monkeypatch.setattr(bitmap, "has_wgmma", lambda values: True)
         monkeypatch.setattr(registry, "cuda_stream", lambda x: (0, 0))
         monkeypatch.setattr(module, "_triton", recorded("Triton", module.reference))
 

@@ -192,6 +192,10 @@ def test_explain_says_which_implementation_runs() -> None:
     assert _implementations_text(layer, (1, 16, 512)) == "; CUDA C++ at 1 / 16; PyTorch at 512"
     with tuned.forced("bitmap_linear", {"implementation": "Triton"}):
         assert _implementations_text(layer, (1, 16)) == "; Triton at 1 / 16"
+    with tuned.forced("bitmap_linear", {"implementation": "PyTorch"}):
+        assert _implementations_text(layer, (1, 16)) == "; PyTorch at 1 / 16"
+    with tuned.forced("bitmap_linear", {"implementation": "lane stream"}):
+        assert _implementations_text(layer, (16, 512)) == "; CUDA C++ at 16 / 512"
     linear.weight.data[torch.rand(48, 64) < 0.7] = 0
     for format, other in (("bitmap", "CUDA C++"), ("sliced", "Triton")):
         layer = fasticl.nn.SparseLinear.from_linear(linear, format)

@@ -7,6 +7,11 @@
 // order. Asynchronous copies land as early or as late as they may, drawn too: late ones miss if nobody waits for them,
 // early ones overwrite what is still being read. Shared memory has the launch's size exactly, for AddressSanitizer, and
 // holds NaN when a block begins.
+//
+// Of sm_90a: bulk copies land when they are issued, or when somebody waits for their barrier. Products of wgmma read
+// their operands and add when they are issued, or when their warp waits for them; each warp's part on its own, so that
+// what another warp of the warpgroup writes without a barrier may come too late. What is stored to shared memory for
+// wgmma without the fence that shows it to the asynchronous proxy is an error, and so is a product without its fence.
 #pragma once
 #include <ucontext.h>
 
@@ -29,6 +34,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
+#define FASTICL_HOPPER 1
 #define FASTICL_DEVICE inline
 #define FASTICL_CONSTEXPR constexpr
 #define FASTICL_SHARED(name) unsigned char* const name = ::fasticl::cuda_on_cpu::block->shared.get()
@@ -48,6 +54,13 @@ struct Index {
 };
 inline Index threadIdx, blockIdx, blockDim;
 
+struct Barrier {             // mbarrier
+  int16_t threads, missing;  // that come in a phase, that have yet to come
+  int32_t bytes : 31;        // announced and not landed
+  uint32_t phase : 1;
+};
+static_assert(sizeof(Barrier) == 8, "as in shared memory of a GPU");
+
 namespace cuda_on_cpu {
 
 constexpr int kWarp = 32;
@@ -64,6 +77,25 @@ struct Copy {
   int group;
 };
 
+struct BulkCopy {
+  Copy copy;
+  Barrier* barrier;
+};
+
+// A warp's products of one wgmma: of each lane the sums and operand A, and the descriptor of operand B.
+struct Products {
+  std::vector<float*> d;
+  std::vector<const uint32_t*> a;
+  uint64_t b;
+  void (*run)(const Products&);
+};
+
+struct Wgmma {
+  bool fenced = false;
+  size_t committed = 0;
+  std::vector<Products> under_way;
+};
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
@@ -71,7 +103,9 @@ struct Fiber {
   bool late;                 // goes on after a pause, when no thread of its block that is not late can
   std::vector<Copy> copies;  // that have not landed
   int group;                 // of copies that is being filled
-  void* sanitizer;           // AddressSanitizer's fake stack
+  Barrier* waits_for;
+  std::vector<size_t> unfenced;  // units of 16 bytes of shared memory
+  void* sanitizer;               // AddressSanitizer's fake stack
 };
 
 // Where threads meet: who has come, with what.
@@ -90,6 +124,10 @@ struct Block {
   std::vector<Fiber> fibers;
   std::vector<Meeting> warps;
   Meeting all;
+  std::vector<Wgmma> products;        // by warp
+  std::vector<BulkCopy> bulk_copies;  // that have not landed
+  std::vector<bool> unfenced;         // units of 16 bytes of shared memory that the asynchronous proxy may not see
+  int shared_bytes = 0;
   std::unique_ptr<unsigned char, void (*)(void*)> shared{nullptr, std::free};
   std::function<void()> kernel;
   std::string error;
@@ -165,14 +203,17 @@ void meet_warp(const char* what, void* argument, const Action& action) {
 
 inline void land(const Copy& copy) { std::memcpy(copy.to, copy.from, copy.bytes); }
 
+inline bool is_early() {
+  return block->copies == Copies::early || (block->copies == Copies::drawn && block->draw() % 2);
+}
+
 inline void copy_async(void* to, const void* from, int bytes) {
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes) {
     block->error = "cp.async of " + std::to_string(bytes) + " bytes: a misaligned address";
     return;
   }
   const Copy copy{to, from, bytes, self().group};
-  const bool early = block->copies == Copies::early || (block->copies == Copies::drawn && block->draw() % 2);
-  if (early) {
+  if (is_early()) {
     land(copy);
   } else {
     self().copies.push_back(copy);
@@ -185,18 +226,23 @@ inline void begin(Block& b, unsigned index, int threads, int shared_bytes, const
   b.warps.resize(threads / kWarp);
   for (Meeting& warp : b.warps) warp.arguments.resize(kWarp);
   b.all.arguments.resize(threads);
+  b.products.assign(threads / kWarp, {});
+  b.unfenced.assign(shared_bytes / 16 + 1, false);
+  b.shared_bytes = shared_bytes;
   b.shared.reset(static_cast<unsigned char*>(std::aligned_alloc(128, (shared_bytes + 127) / 128 * 128)));
   std::memset(b.shared.get(), 0xff, shared_bytes);
   b.kernel = kernel;
   b.draw.seed(seed * 7919 + index);
   b.copies = static_cast<Copies>(seed % 3);
-  const bool late = b.draw() % 2;
+  const unsigned late = b.draw() % 3;  // none, some threads, some warps
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = b.fibers[i];
     fiber.state = State::ready;
-    fiber.late = late && b.draw() % 2;
+    fiber.late = late == 2 && i % kWarp ? b.fibers[i - 1].late : late && b.draw() % 2;
     fiber.copies.clear();
     fiber.group = 0;
+    fiber.waits_for = nullptr;
+    fiber.unfenced.clear();
     fiber.sanitizer = nullptr;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -342,6 +388,84 @@ void multiply_sparse(const std::vector<void*>& lanes, int selector, T type) {
   }
 }
 
+// ---- sm_90a
+
+inline size_t unit_of(const void* shared) {
+  return static_cast<size_t>(static_cast<const unsigned char*>(shared) - block->shared.get()) / 16;
+}
+
+inline void unfence(const void* shared) {
+  self().unfenced.push_back(unit_of(shared));
+  block->unfenced[unit_of(shared)] = true;
+}
+
+// A phase whose threads have come and whose bytes have landed is over: those that wait go on.
+inline void settle_phase(Barrier* barrier) {
+  if (barrier->missing || barrier->bytes) return;
+  barrier->phase ^= 1;
+  barrier->missing = barrier->threads;
+}
+
+inline void wake(const Barrier* barrier) {
+  for (Fiber& fiber : block->fibers) {
+    if (fiber.waits_for == barrier) fiber.waits_for = nullptr, fiber.state = State::ready;
+  }
+}
+
+inline void land_bulk(const BulkCopy& bulk) {
+  land(bulk.copy);
+  bulk.barrier->bytes -= bulk.copy.bytes;
+  settle_phase(bulk.barrier);
+  wake(bulk.barrier);
+}
+
+// The part of wgmma.m64n64k16 that is a warp's, by the PTX ISA's "Matrix Fragments for wgmma.mma_async.m64nNk16": of
+// warp w of a warpgroup, element a_i of a lane is of row 16 w + laneid / 4, but 8 more for i = 2, 3, 6 and 7, and
+// column laneid % 4 * 2 + i % 2, but 8 more from i = 4 on; d_i is of row 16 w + laneid / 4 + i / 2 % 2 * 8 and column
+// i / 4 * 8 + laneid % 4 * 2 + i % 2. B lies as "Matrix Descriptor Format" says: bits 0 to 13 are the start address,
+// 16 to 29 the distance of core matrices along K (the leading dimension), 32 to 45 of those along N, all in units of 16
+// bytes; 62 and 63 the swizzle, here none; a core matrix is 8 rows of N, 16 bytes each, one after the other.
+template <class T>
+void multiply_wgmma(const Products& products) {
+  const uint64_t b = products.b;
+  if (b >> 46) return void(block->error = "wgmma: a descriptor with swizzle, base offset or reserved bits");
+  const size_t start = (b & 0x3fff) * 16, k_stride = (b >> 16 & 0x3fff) * 16, n_stride = (b >> 32 & 0x3fff) * 16;
+  if (start + 7 * n_stride + k_stride + 128 > static_cast<size_t>(block->shared_bytes)) {
+    return void(block->error = "wgmma: operand B beyond shared memory");
+  }
+  float columns[64][16], rows[16][16];
+  for (int n = 0; n < 64; ++n) {
+    for (int half = 0; half < 2; ++half) {
+      const unsigned char* const eight = block->shared.get() + start + n / 8 * n_stride + half * k_stride + n % 8 * 16;
+      if (block->unfenced[unit_of(eight)]) block->error = "wgmma: operand B was written without fence.proxy.async";
+      for (int i = 0; i < 4; ++i) {
+        uint32_t word;
+        std::memcpy(&word, eight + 4 * i, 4);
+        for (const int high : {0, 1}) columns[n][8 * half + 2 * i + high] = value(word, high, T{});
+      }
+    }
+  }
+  for (int row = 0; row < 16; ++row) {
+    for (int k = 0; k < 16; ++k) {
+      rows[row][k] = value(products.a[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k % 2, T{});
+    }
+  }
+  for (int row = 0; row < 16; ++row) {
+    for (int n = 0; n < 64; ++n) {
+      float& d = products.d[row % 8 * 4 + n % 8 / 2][n / 8 * 4 + row / 8 * 2 + n % 2];
+      for (int k = 0; k < 16; ++k) d += rows[row][k] * columns[n][k];
+    }
+  }
+}
+
+struct WgmmaOperands {
+  float* d;
+  const uint32_t* a;
+  uint64_t b;
+};
+
+inline Wgmma& own_products() { return block->products[block->current / kWarp]; }
+
 struct Shuffled {
   float given, got;
   int bits;
@@ -467,6 +591,128 @@ inline void load_matrices(uint32_t (&matrices)[4], const void* row) {
   });
 }
 
+// ---- the vocabulary of sm_90a -------------------------------------------------------------------------------
+
+inline uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(shared) - cuda_on_cpu::block->shared.get());
+}
+
+inline void barrier_init(Barrier* barrier, int threads) {
+  *barrier = {static_cast<int16_t>(threads), static_cast<int16_t>(threads), 0, 0};
+  cuda_on_cpu::unfence(barrier);
+}
+
+inline void barrier_expect(Barrier* barrier, int bytes) {
+  barrier->bytes += bytes;
+  if (--barrier->missing < 0) cuda_on_cpu::block->error = "mbarrier: more threads than it counts";
+  cuda_on_cpu::settle_phase(barrier);
+  cuda_on_cpu::wake(barrier);
+}
+
+inline void barrier_wait(Barrier* barrier, uint32_t parity) {
+  using namespace cuda_on_cpu;
+  while (barrier->phase == parity) {
+    auto& copies = block->bulk_copies;
+    const auto found = std::find_if(copies.begin(), copies.end(), [&](const auto& c) { return c.barrier == barrier; });
+    if (found != copies.end()) {
+      const BulkCopy bulk = *found;
+      copies.erase(found);
+      land_bulk(bulk);
+    } else {
+      self().waits_for = barrier;
+      self().state = State::waiting;
+      cuda_on_cpu::yield();
+    }
+  }
+}
+
+inline uint64_t evict_first() { return 1; }
+
+inline void copy_bulk(void* shared, const void* global, int bytes, Barrier* barrier, uint64_t) {
+  using namespace cuda_on_cpu;
+  if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global) | bytes) % 16 || bytes <= 0) {
+    block->error = "cp.async.bulk: a misaligned address or number of bytes";
+    return;
+  }
+  if (block->unfenced[unit_of(barrier)]) block->error = "cp.async.bulk: a barrier without fence.proxy.async";
+  const BulkCopy bulk{{shared, global, bytes, 0}, barrier};
+  if (is_early()) {
+    land_bulk(bulk);
+  } else {
+    block->bulk_copies.push_back(bulk);
+    wake(barrier);
+  }
+}
+
+inline void fence_proxy_async() {
+  auto& fiber = cuda_on_cpu::self();
+  for (const size_t unit : fiber.unfenced) cuda_on_cpu::block->unfenced[unit] = false;
+  fiber.unfenced.clear();
+}
+
+inline void store_shared(void* shared, uint4 words) {
+  std::memcpy(shared, &words, sizeof words);
+  cuda_on_cpu::unfence(shared);
+}
+
+inline uint64_t descriptor(uint32_t matrix, uint32_t n_stride, uint32_t k_stride) {
+  if ((matrix | n_stride | k_stride) % 16 || (matrix | n_stride | k_stride) >> 18) {
+    cuda_on_cpu::block->error = "wgmma: a descriptor of misaligned or too large numbers";
+  }
+  return static_cast<uint64_t>(n_stride >> 4) << 32 | (k_stride >> 4) << 16 | matrix >> 4;
+}
+
+inline void wgmma_fence() {
+  cuda_on_cpu::meet_warp("wgmma.fence", nullptr, [](const auto&) { cuda_on_cpu::own_products().fenced = true; });
+}
+
+template <class T>
+void wgmma(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, T) {
+  using namespace cuda_on_cpu;
+  WgmmaOperands operands{&d[0][0], a, b};
+  meet_warp("wgmma", &operands, [](const auto& lanes) {
+    Wgmma& own = own_products();
+    Products products{{}, {}, static_cast<const WgmmaOperands*>(lanes[0])->b, multiply_wgmma<T>};
+    for (void* lane : lanes) {
+      const auto& given = *static_cast<const WgmmaOperands*>(lane);
+      if (given.b != products.b) block->error = "wgmma: lanes with several descriptors";
+      products.d.push_back(given.d);
+      products.a.push_back(given.a);
+    }
+    if (!own.fenced) block->error = "wgmma: registers without wgmma.fence";
+    own.under_way.push_back(products);
+    if (!is_early()) return;
+    // Those before it, whose results it takes, have been computed too.
+    for (Products& each : own.under_way) {
+      if (each.run) each.run(each);
+      each.run = nullptr;
+    }
+  });
+}
+
+inline void wgmma_commit() {
+  cuda_on_cpu::meet_warp("wgmma.commit_group", nullptr, [](const auto&) {
+    auto& own = cuda_on_cpu::own_products();
+    own.committed = own.under_way.size();
+    own.fenced = false;  // operand A of the next ones is written to registers
+  });
+}
+
+inline void wgmma_wait() {
+  cuda_on_cpu::meet_warp("wgmma.wait_group", nullptr, [](const auto&) {
+    auto& own = cuda_on_cpu::own_products();
+    const auto end = own.under_way.begin() + static_cast<std::ptrdiff_t>(own.committed);
+    std::for_each(own.under_way.begin(), end, [](const auto& each) {
+      if (each.run) each.run(each);
+    });
+    own.under_way.erase(own.under_way.begin(), end);
+    own.committed = 0;
+  });
+}
+
+template <class Registers>
+void settle(Registers&) {}
+
 inline float to_float(bf16 v) { return cuda_on_cpu::value(v.bits, 0, v); }
 inline float to_float(f16 v) { return cuda_on_cpu::value(v.bits, 0, v); }
 
@@ -486,6 +732,11 @@ struct DeviceLimits {
 };
 
 inline DeviceLimits limits(int, const char*) { return {132, cuda_on_cpu::kSharedLimit}; }
+
+template <class... Parameters>
+bool has_hopper_code(const char*, void (*)(Parameters...), int) {
+  return true;
+}
 
 template <class... Parameters, class... Arguments>
 void launch(const char* what, void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes, int,

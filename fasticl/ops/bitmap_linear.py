@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,9 @@ except ImportError:  # not built: CUDA tensors run the Triton kernel
     _C_cuda = None  # type: ignore[assignment]
 
 has_cuda_kernel = _C_cuda is not None
-CUDA_TOKENS = 256  # beyond, the weight is decoded so often that unpacking it once for torch's matmul is taken instead
+WGMMA = "CUDA C++ (wgmma)"
+WGMMA_TOKENS = 16  # beyond, x's way through L2 costs mma.sync more: computed (csrc/bitmap_linear_wgmma_cuda.cu)
+CUDA_TOKENS = 256  # beyond, the weight is unpacked for torch's matmul: where that pays, a tuned table may know better
 
 
 def bitmap_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
@@ -34,7 +38,8 @@ def bitmap_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, a
 
     Int8 values are multiplied as integers times float32, and each sum by its row's scale: nothing else is rounded. On
     CUDA they run the reference. Where a CUDA C++ kernel runs, several multiprocessors may share an output's K; their
-    sums are added in one order, so that equal calls give equal bits.
+    sums are added in one order, so that equal calls give equal bits. There more than 256 tokens are multiplied by the
+    unpacked weight, which PyTorch rounds once more before the activation.
 
     Where a weight is not stored, a few tokens (at most 8, 4 without AVX-512, and fewer the sparser the weight) are
     multiplied by zero, more are not: an infinite or NaN x there gives NaN, as in the dense product, or nothing. On CUDA
@@ -109,7 +114,8 @@ def cuda(
     if runs == "Triton" or lanes is None or plan is None:
         return _triton(x, values, bitmask, row_offsets, bias, activation)
     if runs == "PyTorch":
-        return reference(x, values, bitmask, row_offsets, bias, activation)
+        dense = _linear.dense_from_bitmap(values, bitmask, K)
+        return registry.apply_activation(torch.nn.functional.linear(x, dense, bias), activation)
     if x.dtype not in lane_stream.DTYPES:
         raise TypeError(f"bitmap_linear: x: expected dtype bfloat16 or float16 with lane streams, got {x.dtype}")
     lane_values, masks, starts, row_order = lanes
@@ -119,14 +125,19 @@ def cuda(
     registry.check_shape("bitmap_linear: row_order", row_order, (strips * lane_stream.STRIP,))
     bias = registry.contiguous(bias)
     y = x.new_empty((*x.shape[:-1], N))
-    workspace = None  # from torch's allocator, whose memory no other stream has and a CUDA graph keeps
-    if blocks > 1:
-        workspace = x.new_empty(_C_cuda.bitmap_linear_workspace(M, strips, blocks), dtype=torch.uint8)
     device, current_stream = registry.cuda_stream(x)
+    wgmma = runs == WGMMA
+    size = (
+        _C_cuda.bitmap_linear_wgmma_workspace(M, strips, K, splits, device)
+        if wgmma
+        else _C_cuda.bitmap_linear_workspace(M, strips, blocks)
+    )
+    # Of torch's allocator, whose memory no other stream has and a CUDA graph keeps.
+    workspace = x.new_empty(size, dtype=torch.uint8) if size else None
     _C_cuda.bitmap_linear(
         x2.data_ptr(), M, stride, lane_values.data_ptr(), masks.data_ptr(), starts.data_ptr(), row_order.data_ptr(),
         strips, K, splits, blocks, depth, registry.address(workspace), registry.address(bias),
-        registry.ACTIVATIONS[activation], y.data_ptr(), N, registry.DTYPES[x.dtype], device, current_stream,
+        registry.ACTIVATIONS[activation], y.data_ptr(), N, registry.DTYPES[x.dtype], device, current_stream, wgmma,
     )  # fmt: skip
     return y
 
@@ -158,16 +169,31 @@ def gather_cuda(
 
 def implementation(values: Tensor, N: int, K: int, M: int, gather: bool = False) -> str:
     """What computes for M tokens on a GPU, of a weight with lane streams and, if ``gather``, the gather layout:
-    "CUDA C++ (gather)" for few tokens and values, else "CUDA C++", or for many tokens "PyTorch", on the unpacked
-    weight; and what the GPU's table found faster: "Triton", or the lane streams though there are few values.
+    "CUDA C++ (gather)" for few tokens and values, else "CUDA C++", on Hopper "CUDA C++ (wgmma)" for more than
+    ``WGMMA_TOKENS``, or for more than ``CUDA_TOKENS`` "PyTorch", on the unpacked weight; and what the GPU's table found
+    faster than these would be.
     """
     density = values.numel() / max(1, N * K)
     found = tuned.lookup("bitmap_linear", values, N, K, M, density).get("implementation")
-    if found == "Triton":
-        return "Triton"
-    if gather and found != "lane stream" and _linear.gathers(M, density):
+    if found in ("Triton", "PyTorch"):
+        return str(found)
+    if gather and found not in ("lane stream", "wgmma") and _linear.gathers(M, density):
         return _linear.GATHER
-    return "CUDA C++" if M <= CUDA_TOKENS else "PyTorch"
+    if M > CUDA_TOKENS and found not in ("lane stream", "wgmma"):
+        return "PyTorch"
+    if (found == "wgmma" or (found != "lane stream" and M > WGMMA_TOKENS)) and has_wgmma(values):
+        return WGMMA
+    return "CUDA C++"
+
+
+def has_wgmma(values: Tensor) -> bool:
+    """Whether the device of ``values`` is a Hopper GPU, and the kernels were compiled for it."""
+    return has_cuda_kernel and values.is_cuda and _device_has_wgmma(values.get_device())
+
+
+@lru_cache(maxsize=64)
+def _device_has_wgmma(device: int) -> bool:
+    return bool(_C_cuda.has_bitmap_linear_wgmma(device))
 
 
 _triton = registry.by_triton("bitmap_linear", reference)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fasticl import _C, sparse_fragments, tuned
+from fasticl import _C, cusparselt, sparse_fragments, tuned
 from fasticl.formats import PackedWeight
 from fasticl.ops import _linear
 from fasticl.ops import _registry as registry
@@ -34,7 +34,9 @@ def nm_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, activ
         ``[..., N]`` in ``x.dtype``; products accumulate in float32, the result is rounded once.
 
     On CUDA the C++ kernel, for 2:4 and up to 64 tokens, multiplies what is stored, zeros that fill a group included,
-    and nothing else: an infinite or NaN x gives NaN there, and elsewhere, unlike in the dense product, nothing.
+    and nothing else: an infinite or NaN x gives NaN there, and elsewhere, unlike in the dense product, nothing. So does
+    cuSPARSELt, which computes where the GPU's tuned table says so; the zeros that fill its groups may be others, and it
+    rounds once more, before the activation.
 
     Raises:
         TypeError: ``x`` or ``bias`` is not of the weight's dtype, or ``weight`` is no PackedWeight.
@@ -45,12 +47,12 @@ def nm_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, activ
     arguments = (x, weight.values, bitmask, bias, activation, weight.scales)
     if registry.needs_grad(x, weight.values, bias, weight.scales):
         return reference(*arguments)
-    return torch.ops.fasticl.nm_linear(*arguments, weight.fragments)
+    return torch.ops.fasticl.nm_linear(*arguments, weight.fragments, weight.compressed)
 
 
 def reference(
     x: Tensor, values: Tensor, bitmask: Tensor | None, bias: Tensor | None, activation: str | None,
-    scales: Tensor | None = None, fragments: Tensor | None = None,
+    scales: Tensor | None = None, fragments: Tensor | None = None, compressed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     dense = values if bitmask is None else _linear.dense_from_bitmap(values, bitmask, x.shape[-1])
     return _linear.reference_linear(x, dense, bias, activation, scales)
@@ -58,14 +60,14 @@ def reference(
 
 def _fake(
     x: Tensor, values: Tensor, bitmask: Tensor | None, bias: Tensor | None, activation: str | None,
-    scales: Tensor | None = None, fragments: Tensor | None = None,
+    scales: Tensor | None = None, fragments: Tensor | None = None, compressed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return _linear.fake_linear(x, (values if bitmask is None else bitmask).shape[0])
 
 
 def cpu(
     x: Tensor, values: Tensor, bitmask: Tensor | None, bias: Tensor | None, activation: str | None,
-    scales: Tensor | None = None, fragments: Tensor | None = None,
+    scales: Tensor | None = None, fragments: Tensor | None = None, compressed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """``bitmask`` is None of a dense weight, whose ``values`` are [N, K]."""
     if not _linear.kernel_takes(x):
@@ -84,16 +86,23 @@ def cpu(
 
 def cuda(
     x: Tensor, values: Tensor, bitmask: Tensor | None, bias: Tensor | None, activation: str | None,
-    scales: Tensor | None = None, fragments: Tensor | None = None,
+    scales: Tensor | None = None, fragments: Tensor | None = None, compressed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Who computes: the reference for int8 values; :func:`implementation` of a weight that has ``fragments``
-    (fasticl/sparse_fragments.py); Triton for all else: other patterns, float32, an extension not built.
+    (fasticl/sparse_fragments.py) or is ``compressed`` (fasticl/cusparselt.py); Triton for all else: other patterns,
+    float32, an extension not built.
     """
     if scales is not None:
         return reference(x, values, bitmask, bias, activation, scales)
     N, K = values.shape[0] if bitmask is None else bitmask.shape[0], x.shape[-1]
-    if fragments is None or implementation(values, N, K, math.prod(x.shape[:-1])) == "Triton":
+    M = math.prod(x.shape[:-1])
+    runs = implementation(values, N, K, M, fragments is not None, compressed is not None)
+    if runs == cusparselt.NAME:
+        assert compressed is not None
+        return _cusparselt(x, N, compressed, bias, activation)
+    if runs == "Triton":
         return _triton(x, values, bitmask, bias, activation)
+    assert fragments is not None
     if x.dtype not in sparse_fragments.DTYPES:
         raise TypeError(f"nm_linear: x: expected dtype bfloat16 or float16 with fragments, got {x.dtype}")
     expected = (-(-N // sparse_fragments.STRIP), -(-K // sparse_fragments.CHUNK), sparse_fragments.RECORD)
@@ -109,23 +118,42 @@ def cuda(
     return y
 
 
-def implementation(values: Tensor, N: int, K: int, M: int) -> str:
-    """What computes for M tokens on a GPU, of a weight with fragments: "CUDA C++", or "Triton" for more tokens than
-    that takes, and where its table found that faster.
+def _cusparselt(x: Tensor, N: int, compressed: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    registry.check_dtype("nm_linear: x", x, compressed.dtype)
+    if 16 * compressed.numel() < 9 * N * x.shape[-1]:  # the library would read on
+        expected = f"at least {9 * N * x.shape[-1] // 16} elements for shape {[N, x.shape[-1]]}"
+        raise ValueError(f"nm_linear: compressed: expected {expected}, got {compressed.numel()}")
+    if x.numel() == 0:
+        return x.new_empty((*x.shape[:-1], N))
+    with torch.cuda.device_of(x):
+        return registry.apply_activation(cusparselt.linear(x, compressed, bias), activation)
+
+
+def implementation(values: Tensor, N: int, K: int, M: int, fragments: bool = True, compressed: bool = False) -> str:
+    """What computes for M tokens on a GPU, of a weight with these layouts: "CUDA C++" on fragments, or "Triton" for
+    more tokens than that takes; and what the GPU's table found faster: "Triton", or "cuSPARSELt" if ``compressed``.
     """
-    found = tuned.lookup("nm_linear", values, N, K, M, values.numel() / max(1, N * K))
-    return "Triton" if M > sparse_fragments.MAX_TOKENS or found.get("implementation") == "Triton" else "CUDA C++"
+    found = tuned.lookup("nm_linear", values, N, K, M, values.numel() / max(1, N * K)).get("implementation")
+    if compressed and found == cusparselt.NAME:
+        return cusparselt.NAME
+    return "CUDA C++" if fragments and M <= sparse_fragments.MAX_TOKENS and found != "Triton" else "Triton"
+
+
+def _cuda_names() -> list[str]:
+    names = ["CUDA C++ (2:4, bfloat16, float16, up to 64 tokens)"] if _C_cuda is not None else []
+    names += [f"{cusparselt.NAME} (2:4, bfloat16, float16, where tuned)"] if cusparselt.built() else []
+    return [*names, "else Triton" if names else "Triton"]
 
 
 _triton = registry.by_triton("nm_linear", reference)
 
 registry.define(
     "nm_linear(Tensor x, Tensor values, Tensor? bitmask, Tensor? bias, str? activation, Tensor? scales=None, "
-    "Tensor? fragments=None) -> Tensor",
+    "Tensor? fragments=None, Tensor? compressed=None) -> Tensor",
     reference=reference,
     fake=_fake,
     cpu=cpu,
     triton=True,
-    cuda=cuda if _C_cuda is not None else None,
-    cuda_name="CUDA C++ (2:4, bfloat16, float16, up to 64 tokens), else Triton",
+    cuda=cuda,
+    cuda_name=", ".join(_cuda_names()),
 )
