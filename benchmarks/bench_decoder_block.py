@@ -24,7 +24,7 @@ def weights(d: int, H: int, G: int, D: int, m: int, llama: bool, dtype: torch.dt
     random = generator(d)
 
     def weight(*size: int) -> Tensor:
-        return torch.randn(size, generator=random) / size[-1] ** 0.5
+        return torch.randn(size, generator=random, device=device()) / size[-1] ** 0.5
 
     heads = (H + 2 * G) * D
     tensors: dict[str, Tensor] = {
@@ -76,9 +76,12 @@ def block_case(name: str, batch: int, dtype: str, tier: str, *, context: int = C
 
     def build() -> list[Contender]:
         random, like = generator(batch), DTYPES[dtype]
-        x = torch.randn(batch, d, generator=random).to(device(), like)
-        cache = torch.randn(2, batch, G, context, D, generator=random).to(device(), like)
-        angles = torch.randn(context, D // 2, generator=random).to(device())
+
+        def gaussian(*size: int) -> Tensor:
+            return torch.randn(size, generator=random, device=device())
+
+        x, cache = gaussian(batch, d).to(like), gaussian(2, batch, G, context, D).to(like)
+        angles = gaussian(context, D // 2)
         cos, sin = (angles.cos(), angles.sin()) if llama else (None, None)
         positions = torch.full((batch,), seen - 1, device=device())
 

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import fasticl
 from fasticl import sweep
@@ -501,6 +502,35 @@ def test_a_run_ends_in_time(
     assert "past 0 s; run again for the rest" in out
     assert run.main(arguments) == 0
     assert {row["shape"] for row in common.read_rows(tmp_path / "results.csv")} == {"48x32", "other"}
+
+
+class DrawnOnTheDevice(TorchFunctionMode):
+    """A generator of a GPU draws for tensors there alone, and where these are has to be said."""
+
+    def __torch_function__(
+        self, func: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: dict | None = None
+    ) -> object:
+        if kwargs and kwargs.get("generator") is not None:
+            assert "device" in kwargs, f"{func}: a generator, and no device"
+        return func(*args, **(kwargs or {}))
+
+
+def test_gpu_cases_draw_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LLAMA", "GPT2"):
+        sizes = {"layers": 1, "width": 64, "heads": 4, "kv_heads": 4, "hidden": 64, "vocabulary": 32}
+        monkeypatch.setattr(gpu_models, name, replace(getattr(gpu_models, name), **sizes))
+    blocks = {name: (24, 4, 2, 6, 16, llama) for name, (*_, llama) in bench_decoder_block.BLOCKS.items()}
+    monkeypatch.setattr(bench_decoder_block, "BLOCKS", blocks)
+    found = [
+        tiny(),
+        bench_attention_mlp.attention_case((3, 5, 16, 8), "bfloat16", "sweep", compiled=False, Q=2),
+        bench_fused_mlp.mlp_case(32, 16, "silu", True, 2, "bfloat16", (0.5,), "sweep"),
+        *bench_decoder_block.cases(False),
+        gpu_models.decode_case(gpu_models.LLAMA, 1, "bfloat16", tier="sweep"),
+    ]
+    with torch.no_grad(), DrawnOnTheDevice():
+        for case in found:
+            assert case.build()
 
 
 def test_a_case_that_fails_does_not_end_the_run(
