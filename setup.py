@@ -4,6 +4,7 @@ Metadata is in pyproject.toml. Environment:
     FASTICL_CUDA=auto      build the CUDA kernels if nvcc is found, and go on without them if it fails (the default);
                            1: they must be built, 0: they are not. No GPU and no driver is needed to build them.
     FASTICL_NVCC=PATH      which nvcc; else that of CUDA_HOME or CUDA_PATH, of PATH, or /usr/local/cuda/bin/nvcc
+    FASTICL_BUILD_JOBS=2   files that are compiled at a time; 0: as many as there are processors
     FASTICL_SANITIZE=1     build with the address and undefined-behaviour sanitizers, for the tests
 """
 
@@ -11,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pybind11
@@ -21,6 +23,7 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).parent
 SANITIZE = os.environ.get("FASTICL_SANITIZE") == "1"
 CUDA = os.environ.get("FASTICL_CUDA", "auto")
+JOBS = int(os.environ.get("FASTICL_BUILD_JOBS", "2"))
 # sm_80's code runs on all of 8.x, sm_90a's on Hopper alone; later GPUs compile the PTX when they first load it.
 CUDA_TARGETS = ("arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90a,code=sm_90a")
 
@@ -88,11 +91,14 @@ class BuildExtension(build_ext):
         host = [f"-I{folder}" for folder in [*ext.include_dirs, *self.include_dirs, *self.compiler.include_dirs]]
         host += ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"]
         targets = [f"-gencode={target}" for target in CUDA_TARGETS]
-        for source, made in zip(ext.sources, objects, strict=True):
+
+        def compile_source(source: str, made: Path) -> None:
             made.parent.mkdir(parents=True, exist_ok=True)
-            self.nvcc(
-                *host, *(["--threads=2", *targets] if source.endswith(".cu") else ()), "-c", source, "-o", str(made)
-            )
+            device = ["--threads=2", *targets] if source.endswith(".cu") else []
+            self.nvcc(*host, *device, "-c", source, "-o", str(made))
+
+        with ThreadPoolExecutor(JOBS or None) as pool:
+            list(pool.map(compile_source, ext.sources, objects))  # raises what one of them did
         output.parent.mkdir(parents=True, exist_ok=True)
         self.nvcc("-shared", "-cudart=static", *targets, *map(str, objects), "-o", str(output))
 
@@ -117,7 +123,7 @@ if NVCC is not None:
     extensions.append(cuda)
 
 if __name__ == "__main__":
-    with ParallelCompile("FASTICL_BUILD_JOBS", needs_recompile=is_older, default=2):
+    with ParallelCompile(needs_recompile=is_older, default=JOBS):
         setup(
             packages=[*find_packages(include=["fasticl", "fasticl.*"]), "fasticl.kernels"],
             package_dir={"fasticl.kernels": "kernels"},
