@@ -320,7 +320,7 @@ void run_few(const LinearParams& p) {
   const float* x = static_cast<const float*>(p.x);
   int64_t x_stride = p.x_stride;
   if (!is_float || !kInOrder<TV> || w.K % kWord) {
-    float* wide = x_scratch.get<float>(static_cast<size_t>(p.M * padded));
+    float* wide = x_scratch.get<float>(static_cast<size_t>(p.M * padded + 1));  // int8's step, where K is 0
     with_float(p.dtype,
                [&](auto like) { widen_rows<TV>(static_cast<const decltype(like)*>(p.x), p.M, w.K, p.x_stride, wide); });
     x = wide;

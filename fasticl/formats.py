@@ -68,6 +68,10 @@ class SlicedLayout:
     slice_offsets: Tensor
     row_order: Tensor
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.values, self.steps, self.slice_offsets, self.row_order]
+
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
@@ -121,7 +125,7 @@ class PackedWeight:
         if self.fragments is not None:
             return _bytes([self.fragments])
         if self.sliced is not None:
-            return _bytes([*vars(self.sliced).values(), *([] if self.scales is None else [self.scales])])
+            return _bytes([*self.sliced.tensors, *([] if self.scales is None else [self.scales])])
         if self.format == "nm":  # rows are equally long
             return self.bytes - _bytes([self.row_offsets, *([] if self.compressed is None else [self.compressed])])
         return self.bytes
@@ -134,7 +138,7 @@ class PackedWeight:
     def _tensors(self) -> list[Tensor]:
         own = [self.values, self.scales, self.bitmask, self.row_offsets, self.rows, self.columns]
         own += [self.fragments, self.compressed]
-        derived = list(vars(self.sliced).values()) if self.sliced is not None else []
+        derived = self.sliced.tensors if self.sliced is not None else []
         derived += self.lanes.tensors if self.lanes is not None else []
         derived += self.gather.tensors if self.gather is not None else []
         return [t for t in own + derived if t is not None]

@@ -141,7 +141,7 @@ class SparseLinear(nn.Module):
         self.format, self.pattern = packed.format, packed.pattern
         for name in _STORED:
             self.register_buffer(name, getattr(packed, name))
-        layout = (None,) * len(_DERIVED) if packed.sliced is None else tuple(vars(packed.sliced).values())
+        layout = (None,) * len(_DERIVED) if packed.sliced is None else packed.sliced.tensors
         for name, tensor in zip(_DERIVED, layout, strict=True):
             self.register_buffer(name, tensor, persistent=False)
         self._lanes, self._fragments, self._gather = packed.lanes, packed.fragments, packed.gather
@@ -321,7 +321,7 @@ class SparseMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         up, down, gate = self.up, self.down, self.gate
         parts = (up, down) if gate is None else (up, down, gate)
-        if any(not isinstance(part, nn.Linear | SparseLinear) or "forward" in vars(part) for part in parts):
+        if any(not isinstance(part, (nn.Linear, SparseLinear)) or "forward" in part.__dict__ for part in parts):
             # Adapters of PEFT, accelerate's offloading and the like, which were put in since, want to be called.
             hidden = up(x) if gate is None else gate(x)
             hidden = apply_activation(hidden, self.activation)

@@ -53,6 +53,8 @@ def to_fragments(packed: PackedWeight) -> Tensor:
     strips, chunks = -(-N // STRIP), -(-K // CHUNK)
     if strips >= 2**31 or K > 2**27:
         raise ValueError(f"fragments: expected fewer than 2**35 rows and at most 2**27 columns, got {N} x {K}")
+    if N == 0 or K == 0:
+        return torch.empty((strips, chunks, RECORD), dtype=torch.int32, device=packed.device)
     rows, columns = strips * STRIP - N, chunks * CHUNK - K
     values = packed.values.view(torch.int16).view(N, K // 2)
     if rows or columns or values.data_ptr() % 4:

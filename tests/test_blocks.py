@@ -388,6 +388,7 @@ def test_names_and_files_stay(tmp_path: Path) -> None:
     assert_alike(generated(loaded, tokens), generated(model_fused, tokens))
 
 
+@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="transformers compiles on torch 2.7 and newer")
 def test_torch_compile(calls: Calls) -> None:
     model, tokens = make(), torch.randint(1, 94, (1, 7))
     model_fused = fused(model)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fasticl
 from fasticl import Decoder
+from fasticl.architectures import TOLERANCE
 from fasticl.nn import SparseLinear
 
 transformers = pytest.importorskip("transformers", minversion="5")
@@ -441,7 +442,7 @@ def test_a_model_that_rounds_wildly_is_held_to_its_weights() -> None:
     tokens = torch.arange(4) * 7919 % 95  # as the check has
     with torch.no_grad():
         exact, rounded = exact_logits(model, tokens)[-1], model(input_ids=tokens[None]).logits[0, -1]
-    assert error(rounded, exact) > 0.2
+    assert error(rounded, exact) > 1.5 * TOLERANCE[torch.bfloat16]
     decoder = Decoder(model)
     assert error(stepwise_from(decoder, tokens)[-1], exact) < 1.5 * error(rounded, exact)
 

@@ -73,10 +73,13 @@ class BlockWeights:
             raise ValueError("decoder_block: gate_bias: expected None without a gate, got a tensor")
 
 
+_FIELDS = tuple(BlockWeights.__dataclass_fields__)
+
+
 def weights_of(fields: tuple[Any, ...]) -> BlockWeights:
     """From the flat arguments of the op, which were checked."""
     weights = object.__new__(BlockWeights)
-    vars(weights).update(zip(BlockWeights.__dataclass_fields__, fields, strict=True))
+    vars(weights).update(zip(_FIELDS, fields, strict=True))
     return weights
 
 
@@ -117,7 +120,7 @@ def decoder_block(
         RuntimeError: a gradient would be needed: this op has none.
     """
     _check(x, weights, keys, values, positions, cos, sin)
-    flat = tuple(vars(weights).values())
+    flat = tuple(getattr(weights, name) for name in _FIELDS)
     if registry.needs_grad(x, keys, values, *(t for t in flat if isinstance(t, Tensor))):
         raise RuntimeError("decoder_block: expected torch.no_grad() or no tensor that requires grad, got one")
     return torch.ops.fasticl.decoder_block(x, keys, values, positions, cos, sin, *flat)

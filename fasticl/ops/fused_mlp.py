@@ -150,7 +150,7 @@ def _flatten(name: str, x: Tensor, weight: Tensor | PackedWeight, shape: tuple[i
             raise ValueError(f"{name}: expected shape [{shape[0]}, {shape[1]}], got {list(weight.shape)}")
     tensors = [weight.values, weight.bitmask, weight.row_offsets]
     tensors = tensors[: {"dense": 1, "nm": 2}.get(weight.format, 3)]
-    tensors += [] if weight.sliced is None else vars(weight.sliced).values()
+    tensors += [] if weight.sliced is None else weight.sliced.tensors
     return tensors if weight.scales is None else [*tensors, weight.scales]
 
 

@@ -46,7 +46,7 @@ def sliced_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, a
     portable = (weight.values, weight.bitmask, weight.row_offsets)
     if registry.needs_grad(x, weight.values, bias, weight.scales):
         return bitmap_reference(x, *portable, bias, activation, scales=weight.scales)
-    arguments = (x, *portable, *vars(layout).values(), bias, activation, weight.scales)
+    arguments = (x, *portable, *layout.tensors, bias, activation, weight.scales)
     return torch.ops.fasticl.sliced_linear(*arguments, **device_layouts(None, weight.gather))
 
 
