@@ -168,6 +168,9 @@ class SparseLinear(nn.Module):
         self._gather, self._compressed = derive_gather(portable), derive_compressed(portable)
         return self
 
+    def _device_layouts(self) -> tuple[object, ...]:
+        return self._lanes, self._fragments, self._gather, self._compressed
+
     def to_dense(self) -> nn.Linear:
         """An ``nn.Linear`` with the same weight, zeros included, and bias."""
         bias = None if self.bias is None else self.bias.detach().clone()
@@ -247,8 +250,18 @@ class SparseLinear(nn.Module):
         )
 
 
+def _computes_itself(part: nn.Module) -> bool:
+    """Of an MLP: adapters of PEFT, accelerate's offloading and the like, which were put in since and want to be called;
+    and a weight that has the layout of a CUDA C++ kernel, which fused_mlp has not."""
+    if not isinstance(part, (nn.Linear, SparseLinear)) or "forward" in part.__dict__:
+        return True
+    return isinstance(part, SparseLinear) and any(layout is not None for layout in part._device_layouts())
+
+
 class SparseMLP(nn.Module):
     """``down(act(up x))``, or with a gate ``down(act(gate x) * up x)``, in one op; weights dense or packed.
+
+    On a GPU, where a packed part has a kernel in CUDA C++, each part runs as its own op.
 
     Shapes: x ``[..., K]``, up and gate ``[H, K]``, down ``[N, H]``, y ``[..., N]``. Autocast and gradients as in
     :class:`SparseLinear`.
@@ -321,8 +334,7 @@ class SparseMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         up, down, gate = self.up, self.down, self.gate
         parts = (up, down) if gate is None else (up, down, gate)
-        if any(not isinstance(part, (nn.Linear, SparseLinear)) or "forward" in part.__dict__ for part in parts):
-            # Adapters of PEFT, accelerate's offloading and the like, which were put in since, want to be called.
+        if any(map(_computes_itself, parts)):
             hidden = up(x) if gate is None else gate(x)
             hidden = apply_activation(hidden, self.activation)
             return down(hidden if gate is None else hidden * up(x))

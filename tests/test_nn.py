@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import fasticl
+from fasticl.lane_stream import to_lanes
 from fasticl.nn import SparseLinear, SparseMLP, dense_weight
 
 FORMATS = ["bitmap", "sliced", "nm", "compact"]
@@ -695,6 +696,22 @@ def test_what_is_put_into_an_mlp_is_called(change: str, gated: bool) -> None:
     with torch.no_grad():
         hidden = nn.functional.gelu(mlp.gate(x)) * changed(x) if gated else nn.functional.gelu(changed(x))
         torch.testing.assert_close(mlp(x), mlp.down(hidden), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_parts_with_a_kernels_layout_run_it(gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: fused_mlp would pass the layout over."""
+    dense = make_mlp("silu", gated).bfloat16()
+    sparse = SparseMLP.from_linears(*dense.parts(), activation="silu", format="bitmap")
+    called: list[nn.Module] = []
+    forward = SparseLinear.forward
+    monkeypatch.setattr(SparseLinear, "forward", lambda self, x: called.append(self) or forward(self, x))
+    x = torch.randn(3, 32).bfloat16()
+    assert_same_mlp(sparse, dense, x)
+    assert not called
+    sparse.down._lanes = to_lanes(sparse.down.packed)
+    assert_same_mlp(sparse, dense, x)
+    assert len(called) == 2 + gated
 
 
 def test_mlp_refuses_other_parts_and_inputs() -> None:
