@@ -160,20 +160,23 @@ def _dense(
     programs = triton.cdiv(H, neurons)
     hidden = (x2, up, gate, up_bias, gate_bias)
     strides = (x2.stride(0), up.stride(0), 0 if gate is None else gate.stride(0))
+    # Loads of single elements, whose addresses take registers: with larger blocks than these some spill.
+    narrow = any(stride % 16 for stride in (K, *strides))
     options = {"ACTIVATION": activation, "PRECISION": dot_precision(x.dtype), "num_warps": 4, **found, **OPTIONS}
 
     weights = size * H * (K * (1 if gate is None else 2) + N)
     if M <= ONE_PASS_TOKENS and 2 * 4 * programs * M * N <= ONE_PASS_SHARE * weights:
+        step = 256 // size if not narrow else 64 if size == 2 else 16
         sums = x.new_empty((programs, M, N), dtype=torch.float32)
         mlp_kernel[(programs,)](
             *hidden, down, sums, M, N, H, K, *strides, down.stride(0),
-            BLOCK_M=16, BLOCK_H=neurons, BLOCK_K=block_k or 256 // size, BLOCK_N=128 if size == 2 else 64, **options,
+            BLOCK_M=16, BLOCK_H=neurons, BLOCK_K=block_k or step, BLOCK_N=128 if size == 2 else 64, **options,
         )  # fmt: skip
         y = x.new_empty((*x.shape[:-1], N))
         sum_kernel[(triton.cdiv(N, 64), M)](sums, down_bias, y, programs, M, N, BLOCK_P=32, BLOCK_N=64, **OPTIONS)
         return y
-    block_m, rows = (16, 32) if M <= 16 else (32, 32) if size == 4 else (64, 64)
-    rows, block_k = block_h or rows, block_k or (64 if size == 2 else 16)
+    block_m, rows = (16, 32) if M <= 16 else (32, 32) if size == 4 or narrow else (64, 64)
+    rows, block_k = block_h or (rows // 2 if size == 4 and narrow else rows), block_k or (64 if size == 2 else 16)
     h = x.new_empty((*x.shape[:-1], H))
     hidden_kernel[(triton.cdiv(H, rows), triton.cdiv(M, block_m))](
         *hidden, h, M, H, K, *strides, BLOCK_M=block_m, BLOCK_H=rows, BLOCK_K=block_k, **options

@@ -148,6 +148,13 @@ def test_fused_mlp(arch: int, dtype: torch.dtype, M: int) -> None:
         assert first.count(TENSOR_CORES[arch] if M == 64 else "HMMA")
 
 
+@archs
+@pytest.mark.parametrize(("dtype", "M"), [(F32, 1), (F32, 64), (BF16, 1), (BF16, 64)])
+def test_fused_mlp_of_unaligned_columns(arch: int, dtype: torch.dtype, M: int) -> None:
+    up, down = [empty(1535, 100, dtype=dtype)], [empty(100, 1535, dtype=dtype)]
+    assert compiled(arch, fused_mlp.launch, empty(M, 100, dtype=dtype), up, down, up, None, None, None, "silu")
+
+
 @pytest.mark.parametrize("M", [1, 8, 64])
 def test_linears_for_amd(M: int) -> None:
     """Bits are counted and bytes permuted without NVIDIA's assembly."""

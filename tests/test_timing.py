@@ -50,7 +50,7 @@ def test_slow_contenders_get_their_samples() -> None:
     calls: list[None] = []
     timings = interleaved({"slow": lambda: (calls.append(None), busy(25))}, seconds=1e-3, min_samples=3)
     assert len(calls) == 1 + CALIBRATION_SAMPLES + 3  # warm-up, calibration and three samples
-    assert timings["slow"].ms_p50 == pytest.approx(25, rel=0.2)
+    assert timings["slow"].ms_p50 > 24  # more where other processes run
 
 
 def test_one_slow_calibrating_call_does_not_shorten_the_samples() -> None:
