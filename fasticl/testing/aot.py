@@ -33,7 +33,7 @@ class Binary:
 
     Attributes:
         registers: of one thread.
-        stack_bytes: of one thread in local memory, spilled registers among them; any is a defect here.
+        stack_bytes: of one thread in local memory, spilled registers among them; more than an address is a defect here.
         shared_bytes: of one program.
         sass: the machine code as text, on AMD with the assembler's metadata.
     """
@@ -63,7 +63,11 @@ class Binary:
             # Not to memory, but to lanes of a vector register
             assert spilled["sgpr"] <= 4, f"{name}: spilled {spilled}"
         local = self.count("LDL") + self.count("STL")
-        assert not local, f"{name}: {local} instructions access local memory ({self.stack_bytes} bytes of stack)"
+        # ptxas may park one address to stay below a number of registers that lets more programs run.
+        parked = self.stack_bytes <= 8 and self.registers < 128
+        assert not local or parked, (
+            f"{name}: {local} instructions access local memory ({self.stack_bytes} bytes of stack)"
+        )
         assert self.shared_bytes <= most, f"{name}: expected at most {most} bytes shared, got {self.shared_bytes}"
 
 
