@@ -36,7 +36,8 @@ def decoded(layout: GatherLayout, K: int) -> dict[tuple[int, int], int]:
             assert last > first, "a list of no record"
             fullest = 0
             for lane in range(32):
-                row, j, count, filled = order[4 * group + lane // 8], eights * share // layout.shares, 0, False
+                begin, end = (eights * border // layout.shares for border in (share, share + 1))
+                row, j, count, filled = order[4 * group + lane // 8], begin, 0, False
                 for record in words[first:last]:
                     for e in range(6):
                         value = record[lane][e // 2] >> 16 * (e % 2) & 0xFFFF
@@ -51,7 +52,7 @@ def decoded(layout: GatherLayout, K: int) -> dict[tuple[int, int], int]:
                             assert step in (0, 31)
                         count += not filled
                     assert record[lane][3] >> 30 in (0, -1), "bits that no step has"
-                assert j < max(1, eights * (share + 1) // layout.shares), "a read behind the share"
+                assert j < max(begin + 1, end), "a read behind the share, which has eight columns at least"
                 fullest = max(fullest, count)
             assert last - first == max(1, -(-fullest // 6)), "records that no lane needs"
     return found
