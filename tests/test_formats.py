@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,6 +51,12 @@ def pruned(N: int, K: int, density: float, pattern: str | None = None, dtype: to
     return torch.randn(N, K).to(dtype).masked_fill(~keep, 0.0)
 
 
+def stored_bits(weight: Tensor) -> dict[tuple[int, int], int]:
+    """``{(row, column): the 16 bits of its value}`` of all but zeros."""
+    found = bits(weight)
+    return {(n, k): int(found[n, k]) & 0xFFFF for n, k in found.nonzero().tolist()}
+
+
 def special_values(dtype: torch.dtype) -> Tensor:
     """-0.0, the smallest denormal, extremes, infinities, and NaN: quiet, signalling, negative, with a payload."""
     info = torch.finfo(dtype)
@@ -59,6 +66,30 @@ def special_values(dtype: torch.dtype) -> Tensor:
     quiet = int(bits(torch.tensor([float("nan")], dtype=dtype)))
     patterns = [1, sign + 1, infinity + 1, quiet, quiet + 5, sign + quiet + 5]
     return torch.cat((numbers.to(dtype), torch.tensor(patterns, dtype=BITS[dtype]).view(dtype)))
+
+
+def layout_weights(dtype: torch.dtype) -> Iterator[Tensor]:
+    """Of random bits, of any size and density; and one of zeros and special values."""
+    sizes = [(1, 1, 1.0), (33, 75, 0.5), (16, 64, 1.0), (7, 1500, 0.02), (7, 1500, 0.05), (40, 700, 0.0)]
+    for N, K, density in [*sizes, (0, 9, 1.0), (5, 0, 1.0)]:
+        yield random_bits(N, K, dtype).masked_fill(torch.rand(N, K) >= density, 0.0)
+    weight, special = torch.zeros(18, 70, dtype=dtype), special_values(dtype)
+    weight.view(-1)[torch.randperm(weight.numel())[: len(special)]] = special
+    weight[17, 69] = -0.0
+    yield weight
+
+
+def assert_validate_compares(packed: PackedWeight, name: str, layout: Any) -> None:
+    """What the layout ``name`` holds with what the weight gives; and its bytes are counted."""
+    held = dataclasses.replace(packed, **{name: layout}).validate()
+    assert held.bytes == packed.bytes + held.bytes_read
+    assert held.bytes_read == sum(t.nbytes for t in layout.tensors)
+    for field, t in vars(layout).items():
+        if isinstance(t, Tensor):
+            wrong = t.clone()
+            wrong.view(-1)[0] += 1
+            with pytest.raises(ValueError, match=rf"{name}\.{field}: expected what the portable form gives"):
+                dataclasses.replace(packed, **{name: dataclasses.replace(layout, **{field: wrong})}).validate()
 
 
 @pytest.mark.parametrize("K", [0, 1, 8, 13])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_formats import BITS, pruned, random_bits, same_bits, special_values
+from test_formats import assert_validate_compares, layout_weights, pruned, random_bits, same_bits, stored_bits
 from torch import Tensor
 
 import fasticl
@@ -36,7 +36,8 @@ def decoded(layout: GatherLayout, K: int) -> dict[tuple[int, int], int]:
             assert last > first, "a list of no record"
             fullest = 0
             for lane in range(32):
-                row, j, count, filled = order[4 * group + lane // 8], eights * share // layout.shares, 0, False
+                begin, end = (eights * border // layout.shares for border in (share, share + 1))
+                row, j, count, filled = order[4 * group + lane // 8], begin, 0, False
                 for record in words[first:last]:
                     for e in range(6):
                         value = record[lane][e // 2] >> 16 * (e % 2) & 0xFFFF
@@ -51,35 +52,17 @@ def decoded(layout: GatherLayout, K: int) -> dict[tuple[int, int], int]:
                             assert step in (0, 31)
                         count += not filled
                     assert record[lane][3] >> 30 in (0, -1), "bits that no step has"
-                assert j < max(1, eights * (share + 1) // layout.shares), "a read behind the share"
+                assert j < max(begin + 1, end), "a read behind the share, which has eight columns at least"
                 fullest = max(fullest, count)
             assert last - first == max(1, -(-fullest // 6)), "records that no lane needs"
     return found
 
 
-def stored(weight: Tensor) -> dict[tuple[int, int], int]:
-    bits = weight.view(BITS[weight.dtype])
-    return {(n, k): int(bits[n, k]) & 0xFFFF for n, k in bits.nonzero().tolist()}
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("plan", [None, (1, 1, 1), (2, 3, 2), (5, 1, 3)])
 def test_every_bit_comes_back(plan: tuple[int, int, int] | None, dtype: torch.dtype) -> None:
-    for N, K, density in [(1, 1, 1.0), (33, 75, 0.5), (16, 64, 1.0), (7, 1500, 0.02), (40, 700, 0.0), (0, 9, 1.0)]:
-        weight = random_bits(N, K, dtype).masked_fill(torch.rand(N, K) >= density, 0.0)
-        assert same_bits(from_gather(layout_of(weight, plan), N, K, dtype), weight)
-    empty = torch.zeros(5, 0, dtype=dtype)
-    assert same_bits(from_gather(layout_of(empty, plan), 5, 0, dtype), empty)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_special_values_come_back(dtype: torch.dtype) -> None:
-    """-0.0, denormals, infinities and NaN with payloads."""
-    weight = torch.zeros(18, 70, dtype=dtype)
-    special = special_values(dtype)
-    weight.view(-1)[torch.randperm(weight.numel())[: len(special)]] = special
-    weight[17, 69] = -0.0
-    assert same_bits(from_gather(layout_of(weight), 18, 70, dtype), weight)
+    for weight in layout_weights(dtype):
+        assert same_bits(from_gather(layout_of(weight, plan), *weight.shape, dtype), weight)
 
 
 @given(data=st.data())
@@ -89,7 +72,7 @@ def test_any_weight_is_as_the_text_says(data: st.DataObject) -> None:
     rows = data.draw(st.lists(st.sampled_from([0.0, 0.004, 0.05, 0.5, 1.0]), min_size=N, max_size=N), "rows")
     weight = random_bits(N, K, dtype).masked_fill(torch.rand(N, K) >= torch.tensor(rows).view(N, 1), 0.0)
     layout = layout_of(weight, plan)
-    assert decoded(layout, K) == stored(weight)
+    assert decoded(layout, K) == stored_bits(weight)
     assert same_bits(from_gather(layout, N, K, dtype), weight)
 
 
@@ -99,7 +82,7 @@ def test_gaps_that_no_step_has(gap: int) -> None:
     weight = torch.zeros(1, 8 * 250, dtype=torch.float16)
     weight[0, [8 * gap + 3, 8 * (2 * gap) + 3, 8 * (2 * gap) + 7]] = 1.0
     layout = layout_of(weight, (1, 1, 1))
-    assert decoded(layout, weight.shape[1]) == stored(weight)
+    assert decoded(layout, weight.shape[1]) == stored_bits(weight)
     values = layout.records.view(torch.int16).view(-1, 32, 8)[..., :6]
     steps = layout.records[..., 3, None] >> 5 * torch.arange(6) & 31
     assert int(((values == 0) & (steps == 31)).sum()) == 2 * ((gap - 1) // 31) + (2 * gap - 1) // 31
@@ -110,7 +93,7 @@ def test_rows_are_packed_by_slabs(slab: int, monkeypatch: pytest.MonkeyPatch) ->
     weight = random_bits(75, 700, torch.float16).masked_fill(torch.rand(75, 700) >= torch.rand(75, 1) ** 3, 0.0)
     monkeypatch.setattr(gather_layout, "_SLAB", slab)
     layout = layout_of(weight, (2, 2, 3))
-    assert decoded(layout, 700) == stored(weight)
+    assert decoded(layout, 700) == stored_bits(weight)
     assert sorted(layout.row_order.tolist()) == [-1, *range(75)]
 
 
@@ -189,4 +172,9 @@ def test_a_weight_of_any_portable_format_has_it() -> None:
     for format in ("sliced", "nm"):  # 2:4 stores zeros too
         layout = to_gather(fasticl.pack(weight, format))
         assert same_bits(from_gather(layout, 20, 128, torch.bfloat16), weight)
-        assert format == "nm" or decoded(layout, 128) == stored(weight)
+        assert format == "nm" or decoded(layout, 128) == stored_bits(weight)
+
+
+def test_validate_sees_a_layout_that_is_not_the_weights() -> None:
+    packed = fasticl.pack(pruned(20, 100, 0.2, dtype=torch.float16), "bitmap")
+    assert_validate_compares(packed, "gather", to_gather(packed))
