@@ -16,7 +16,8 @@ TRITON_TESTS := tests/test_interpreter.py $(wildcard tests/test_*_triton.py)
 OP_TESTS := $(wildcard $(patsubst fasticl/ops/%.py,tests/test_%.py,$(wildcard fasticl/ops/*.py)) tests/test_*_cuda.py) \
 	tests/test_cuda_on_cpu.py
 SANITIZE := build/sanitize
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+SPREAD := --numprocesses auto --maxprocesses 8 --dist worksteal
+PYTEST := $(BIN)/python -m pytest $(SPREAD)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -116,18 +117,20 @@ $(VENV)/.model: $(VENV)/.installed
 # Built beside the installed package, never into it, and found first through PYTHONPATH. Python itself is not instrumented,
 # so the runtime is preloaded; libstdc++ with it, because ASan looks up the C++ throw function when it starts. Leaks are
 # not looked for: the interpreter and torch leave much to the end of the process. A finding aborts, so that pytest's fault
-# handler shows the test; pytest must not capture file descriptors, or the finding itself is lost.
+# handler shows the test; pytest must not capture file descriptors, or the finding itself is lost. It is started as a script:
+# `python -m` would put this folder, with the installed package in it, before PYTHONPATH.
 SANITIZED = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 \
 	UBSAN_OPTIONS=print_stacktrace=1:abort_on_error=1 PYTHONPATH=$(abspath $(SANITIZE)/lib)
 
 .PHONY: sanitize
+sanitize: export OMP_NUM_THREADS = 1
 sanitize: setup
 	@echo "==> Building with AddressSanitizer and UndefinedBehaviorSanitizer"
 	FASTICL_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-base $(SANITIZE) --build-lib $(SANITIZE)/lib
 	@cd $(SANITIZE) && $(SANITIZED) $(abspath $(BIN)/python) -c \
 	  'import fasticl._C as C; assert "$(SANITIZE)" in C.__file__, C.__file__; print("==> Testing", C.__file__)'
-	$(SANITIZED) $(BIN)/pytest --capture=sys -k "not compile" $(OP_TESTS) $(ARGS)
+	$(SANITIZED) $(BIN)/pytest $(SPREAD) --capture=sys -k "not compile" $(OP_TESTS) $(ARGS)
 
 .PHONY: clean distclean
 clean:
