@@ -28,9 +28,12 @@ from fasticl.timing import Timing
 transformers = pytest.importorskip("transformers", minversion="5")
 
 PROCESSES = 2
+# Odd where it may be: before 5.23, transformers loads in parts only a head that the processes divide.
+VOCABULARY = 91 if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23) else 92
 COMMON = {
-    "hidden_size": 96, "intermediate_size": 178, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 91,
-    "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": None, "max_position_embeddings": 64,
+    "hidden_size": 96, "intermediate_size": 178, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 64,
+    "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": None,
 }  # fmt: skip
 NEOX = {name: value for name, value in COMMON.items() if name != "num_key_value_heads"}
 CONFIGS: dict[str, Callable[[], Any]] = {  # what is different in each
@@ -127,7 +130,7 @@ def families(folder: Path) -> None:
 def int8_and_the_head(folder: Path) -> None:
     whole = packed(make("llama"), values="int8", skip=())
     split = fasticl.parallelize(copy.deepcopy(whole))
-    assert split.lm_head.scales.shape == ((91 + 1) // 2 - dist.get_rank(),)
+    assert split.lm_head.scales.shape == (46 - (VOCABULARY % 2) * dist.get_rank(),)
     assert_halved(split, whole)
     assert_same_outputs(split, whole)
 
@@ -146,7 +149,8 @@ def removed_neurons(folder: Path) -> None:
     mlp = whole.model.layers[0].mlp
     assert isinstance(mlp, SparseMLP)
     assert mlp.up.out_features < COMMON["intermediate_size"]
-    split = fasticl.parallelize(copy.deepcopy(whole))
+    plan = {"model.embed_tokens": "embedding_rowwise", **whole.tp_plan}  # which plans before transformers 5.23 lack
+    split = fasticl.parallelize(copy.deepcopy(whole), plan=plan)
     assert_same_outputs(split, whole)
     assert held(split) <= 0.52 * held(whole)
 
