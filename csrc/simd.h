@@ -59,20 +59,34 @@ FASTICL_INLINE void store(f16* p, Vec a) {
 
 // ---- the sparse primitives ---------------------------------------------------------------------------------
 
+// VPEXPAND and VPCOMPRESS with zeroing, from a register into itself. Of the intrinsics the compiler chooses another
+// register to write, and Zen 5 waits for what was in that one: 5 cycles each, where it can do one a cycle.
+#define FASTICL_IN_PLACE(instruction, Register, Mask)                                 \
+  FASTICL_INLINE Register instruction(Register v, Mask mask) {                        \
+    asm(#instruction " %0, %0%{%1%}%{z%}" : "+v"(v) : "Yk"(static_cast<Mask>(mask))); \
+    return v;                                                                         \
+  }
+FASTICL_IN_PLACE(vexpandps, __m512, __mmask16)
+FASTICL_IN_PLACE(vpexpandw, __m256i, __mmask16)
+FASTICL_IN_PLACE(vpexpandw, __m512i, __mmask32)
+FASTICL_IN_PLACE(vpexpandb, __m128i, __mmask16)
+FASTICL_IN_PLACE(vpexpandb, __m512i, __mmask64)
+FASTICL_IN_PLACE(vpcompressb, __m512i, __mmask64)
+#undef FASTICL_IN_PLACE
+
 // Lane i gets the next stored value where bit i of mask is set, else 0. May read 16 values from p on.
 FASTICL_INLINE Vec expand(const float* p, uint32_t mask) {
-  return {_mm512_maskz_expand_ps(static_cast<__mmask16>(mask), _mm512_loadu_ps(p))};
+  return {vexpandps(_mm512_loadu_ps(p), static_cast<__mmask16>(mask))};
 }
 FASTICL_INLINE __m256i expand16(const void* p, uint32_t mask) {
-  return _mm256_maskz_expand_epi16(static_cast<__mmask16>(mask), _mm256_loadu_si256(static_cast<const __m256i*>(p)));
+  return vpexpandw(_mm256_loadu_si256(static_cast<const __m256i*>(p)), static_cast<__mmask16>(mask));
 }
 FASTICL_INLINE Vec expand(const bf16* p, uint32_t mask) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(expand16(p, mask)), 16))};
 }
 FASTICL_INLINE Vec expand(const f16* p, uint32_t mask) { return {_mm512_cvtph_ps(expand16(p, mask))}; }
 FASTICL_INLINE Vec expand(const int8_t* p, uint32_t mask) {
-  return widen_i8(
-      _mm_maskz_expand_epi8(static_cast<__mmask16>(mask), _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  return widen_i8(vpexpandb(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), static_cast<__mmask16>(mask)));
 }
 
 // 64 columns at once into four registers. Lane j of register i holds column 16 i + j, but of bf16 column
@@ -111,15 +125,15 @@ FASTICL_INLINE void expand32(const float* p, uint32_t mask, Vec& a, Vec& b) {
   b = expand(p + _mm_popcnt_u32(mask & 0xffff), mask >> 16);
 }
 FASTICL_INLINE void expand32(const bf16* p, uint32_t mask, Vec& even, Vec& odd) {
-  split_pairs(_mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(p)), even, odd);
+  split_pairs(vpexpandw(_mm512_loadu_si512(p), mask), even, odd);
 }
 FASTICL_INLINE void expand32(const f16* p, uint32_t mask, Vec& a, Vec& b) {
-  const __m512i h = _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(p));
+  const __m512i h = vpexpandw(_mm512_loadu_si512(p), mask);
   a = {_mm512_cvtph_ps(_mm512_castsi512_si256(h))};
   b = {_mm512_cvtph_ps(_mm512_extracti64x4_epi64(h, 1))};
 }
 FASTICL_INLINE int expand64(const int8_t* p, uint64_t mask, Vec (&v)[4]) {
-  split_bytes(_mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(p)), v);
+  split_bytes(vpexpandb(_mm512_loadu_si512(p), mask), v);
   return static_cast<int>(_mm_popcnt_u64(mask));
 }
 
@@ -145,9 +159,7 @@ FASTICL_INLINE void order64(Vec (&v)[4]) {
 using Ints = __m512i;
 FASTICL_INLINE Ints no_ints() { return _mm512_setzero_si512(); }
 FASTICL_INLINE Ints load_bytes(const void* p) { return _mm512_loadu_si512(p); }
-FASTICL_INLINE Ints expand_bytes(const int8_t* p, uint64_t mask) {
-  return _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(p));
-}
+FASTICL_INLINE Ints expand_bytes(const int8_t* p, uint64_t mask) { return vpexpandb(_mm512_loadu_si512(p), mask); }
 FASTICL_INLINE Ints dot_bytes(Ints acc, Ints x, Ints values) { return _mm512_dpbusd_epi32(acc, x, values); }  // x >= 0
 FASTICL_INLINE Ints add_bytes(Ints acc, Ints values) { return dot_bytes(acc, _mm512_set1_epi8(1), values); }
 // Sixteen q of x * inverse, a byte of each to p, p + stride and p + 2 stride, the highest first.
@@ -177,7 +189,7 @@ FASTICL_INLINE int append_set_bits(uint64_t mask, uint8_t base, uint8_t* out) {
   const __m512i iota = _mm512_set_epi64(0x3f3e3d3c3b3a3938, 0x3736353433323130, 0x2f2e2d2c2b2a2928, 0x2726252423222120,
                                         0x1f1e1d1c1b1a1918, 0x1716151413121110, 0x0f0e0d0c0b0a0908, 0x0706050403020100);
   const __m512i all = _mm512_add_epi8(iota, _mm512_set1_epi8(static_cast<char>(base)));
-  _mm512_storeu_si512(out, _mm512_maskz_compress_epi8(mask, all));
+  _mm512_storeu_si512(out, vpcompressb(all, mask));
   return static_cast<int>(_mm_popcnt_u64(mask));
 }
 

@@ -117,10 +117,8 @@ def assert_as_dense(
         wide = None if bias is None else bias.float()
         pytorch_result = dense(x.float(), exact.float(), wide, activation).to(x.dtype)
     results = [(op(x[:M], packed, bias, activation), truth[:M], pytorch_result[:M]) for M in tokens]
-    if packed.scales is not None:  # together: of a few elements float32 may have all right by chance
-        results = [tuple(map(torch.cat, zip(*results, strict=True)))]
-    for result in results:
-        assert_close_to_truth(*result)
+    # Together: of a few elements PyTorch may have all right by chance.
+    assert_close_to_truth(*map(torch.cat, zip(*results, strict=True)))
 
 
 class LinearCases:

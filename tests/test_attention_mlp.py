@@ -101,30 +101,34 @@ def test_reference_of_many_queries_is_that_of_each() -> None:
     torch.testing.assert_close(reference(context, query, *weights, lengths), torch.stack(expected, 1))
 
 
+def assert_parity(draw: Callable[[], Inputs], results: int) -> None:
+    """Of drawn arguments, with at least 16 results together: of a few PyTorch may have all right by chance."""
+    drawn = [draw() for _ in range(-(-16 // results))]
+    parts = [(attention_mlp(*each), truth(each[:5], *each[5:]), pytorch(*each)) for each in drawn]
+    assert_close_to_truth(*map(torch.cat, zip(*parts, strict=True)))
+
+
 @dtypes
 @shapes
 def test_parity(isa: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    tensors = inputs(*shape, dtype)
-    assert_right(attention_mlp(*tensors), tensors)
+    assert_parity(lambda: inputs(*shape, dtype), shape[0])
 
 
 @dtypes
 @shapes
 def test_parity_with_lengths(isa: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    tensors = inputs(*shape, dtype)
     lengths = torch.randint(1, shape[1] + 1, shape[:1])
     lengths[0], lengths[-1] = 1, shape[1]
-    assert_right(attention_mlp(*tensors, lengths), tensors, lengths)
+    assert_parity(lambda: [*inputs(*shape, dtype), lengths], shape[0])
 
 
 @dtypes
 @shapes_of_many
 def test_parity_of_many_queries(isa: str, shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
-    tensors = many(*shape, dtype)
-    assert_right(attention_mlp(*tensors), tensors)
     lengths = torch.randint(1, shape[2] + 1, shape[:1])
-    lengths[0] = 1
-    assert_right(attention_mlp(*tensors, lengths), tensors, lengths)
+    lengths[: shape[0] // 2] = 1  # not all, as then no query matters
+    assert_parity(lambda: many(*shape, dtype), shape[0] * shape[1])
+    assert_parity(lambda: [*many(*shape, dtype), lengths], shape[0] * shape[1])
 
 
 def test_one_query_is_the_same_in_either_shape(isa: str) -> None:

@@ -108,9 +108,9 @@ def test_dense_empty_sizes_and_operator() -> None:
     packed, x = DENSE.pack(torch.randn(5, 24)), torch.randn(2, 3, 24)
     arguments = (x, packed.values, None, bias, "silu")
     torch.library.opcheck(DENSE.overload, arguments, {"scales": packed.scales})
-    wide = F.linear(x.double(), packed.unpack().double(), bias.double())
-    torch.testing.assert_close(DENSE(x.double(), dataclasses.replace(packed, scales=packed.scales.double()),
-                                     bias.double()), wide)  # fmt: skip
+    wide = dataclasses.replace(packed, scales=packed.scales.double())
+    expected = F.linear(x.double(), packed.unpack_values().double() * wide.scales[:, None], bias.double())
+    torch.testing.assert_close(DENSE(x.double(), wide, bias.double()), expected)
 
 
 def test_another_format_is_refused() -> None:
