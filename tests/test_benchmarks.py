@@ -105,6 +105,7 @@ def test_plain_reading_gets_no_speedup(monkeypatch: pytest.MonkeyPatch) -> None:
     bench_bandwidth.buffer.cache_clear()
     reads = [row for row in rows if row["impl"].startswith("read_only")]
     assert len(reads) == 4
+    assert [row["impl"] for row in reads].count("read_only") == 2
     assert {(row["baseline"], row["speedup"]) for row in reads} == {("", "")}
     assert all(
         float(row["gbps"]) == pytest.approx(8 * 4096 * 4 / float(row["ms_p50"]) / 1e6, rel=1e-3) for row in reads
