@@ -15,7 +15,7 @@ from pathlib import Path
 
 import gpu_clock
 import torch
-from environment import Environment, last_level_cache_bytes
+from environment import Environment, cold_bytes
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -191,10 +191,8 @@ def key(case: Case, environment: Environment) -> tuple[str, ...]:
 
 
 def copies_of(weight_bytes: int, cache: str) -> int:
-    """How many copies of the weights a contender rotates: one when hot; when cold 1.25 times the last-level cache."""
-    if cache == "hot":
-        return 1
-    return min(128, max(2, ceil(1.25 * last_level_cache_bytes(device()) / weight_bytes)))
+    """How many copies of the weights a contender rotates: one when hot; when cold as many as leave the cache."""
+    return 1 if cache == "hot" else min(128, max(2, ceil(cold_bytes(device()) / weight_bytes)))
 
 
 def checked(case: Case) -> dict[str, tuple[Contender, float]]:

@@ -67,6 +67,16 @@ PYBIND11_MODULE(_C, m) {
         throw py::value_error("expected a target of targets(), got '" + name + "'");
       },
       "name"_a, "Forces an instruction set. For tests: results do not depend on it beyond rounding.");
+  m.def(
+      "multiplies_bfloat16",
+      [] {
+#ifdef FASTICL_X86
+        return in_force == Target::avx512 && __builtin_cpu_supports("avx512bf16") != 0;
+#else
+        return false;
+#endif
+      },
+      "Whether the processor has products of bfloat16 of its own (AVX512_BF16), and AVX-512 is in force.");
 #ifdef _OPENMP
   m.attr("openmp") = true;
 #else

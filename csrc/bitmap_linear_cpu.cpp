@@ -5,6 +5,9 @@
 #include "row_linear.h"
 
 void row_linear(const LinearParams& p) { run_row_linear(p); }
+void unpack_rows(const RowWeight& w, int64_t n0, int64_t n1, bf16* out, int threads) {
+  run_unpack(w, n0, n1, out, threads);
+}
 
 #else
 
@@ -19,6 +22,10 @@ void row_linear(LinearParams p) {
   const RowWeight& w = p.weight;  // each position costs the decoding of its bit, each stored value M multiply-adds
   if (2 * w.N * w.K + w.row_start(w.N) * p.M < kThreadWork) p.threads = 1;
   FASTICL_DISPATCH(row_linear(p));
+}
+
+void unpack_rows(const RowWeight& w, int64_t n0, int64_t n1, bf16* out, int threads) {
+  FASTICL_DISPATCH(unpack_rows(w, n0, n1, out, (n1 - n0) * w.K < kThreadWork ? 1 : threads));
 }
 
 void bind_bitmap_linear(py::module_& m) {
@@ -44,6 +51,25 @@ void bind_bitmap_linear(py::module_& m) {
       "bias"_a, "activation"_a, "y"_a, "y_stride"_a, "dtype"_a, "threads"_a,
       "y = act(x W^T + b), W as bitmask and values by rows. Addresses and strides (elements); nothing is checked "
       "here.");
+  m.def(
+      "unpack_rows",
+      [](Address values, int value_dtype, Address bitmask, Address row_offsets, int64_t N, int64_t K,
+         int64_t row_values, int64_t first, int64_t end, Address out, int threads) {
+        py::gil_scoped_release release;
+        const RowWeight w{pointer<const void>(values),
+                          static_cast<DType>(value_dtype),
+                          nullptr,
+                          pointer<const uint8_t>(bitmask),
+                          pointer<const int64_t>(row_offsets),
+                          N,
+                          K,
+                          row_values};
+        unpack_rows(w, first, end, pointer<bf16>(out), threads);
+      },
+      "values"_a, "value_dtype"_a, "bitmask"_a, "row_offsets"_a, "N"_a, "K"_a, "row_values"_a, "first"_a, "end"_a,
+      "out"_a, "threads"_a,
+      "Rows [first, end) of the dense weight as bfloat16, of bfloat16 or int8 values by rows, as bitmap_linear and "
+      "nm_linear take them; scales are not applied. Nothing is checked here.");
 }
 
 }  // namespace fasticl

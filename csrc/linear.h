@@ -40,4 +40,8 @@ struct LinearParams {
 // y = act(x W^T + b) on the CPU, by the target in force (bitmap_linear_cpu.cpp).
 void row_linear(LinearParams p);
 
+// Rows [n0, n1) of dense(weight) without its scales as bf16 [n1 - n0, K], of a weight with a bitmask: values are bf16,
+// or int8, exact in it.
+void unpack_rows(const RowWeight& w, int64_t n0, int64_t n1, bf16* out, int threads);
+
 }  // namespace fasticl

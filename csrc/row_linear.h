@@ -500,7 +500,7 @@ struct ManyTokens {
     for (int64_t i = 0; i < rows + kRowsAhead; i++) {
       if (i < rows) {
         Row& row = order[i];
-        prefetch(next[row.row], 0, row.count * static_cast<int64_t>(sizeof(TV)) / 64 + 1);
+        prefetch(next[row.row], 0, row.count * static_cast<int64_t>(sizeof(TV)) / 64 + 2);
         row.list = list;
         list += decode<kWhole>(masks[row.row] + k0 / 8, w.K - k0, list);
         if (panels == 1 && list > columns + kRing) list = columns;  // used once, a short ring of them stays in L1
@@ -666,6 +666,53 @@ void run_rows(LinearParams p) {
 inline void run_row_linear(const LinearParams& p) {
   if (p.M == 0 || p.weight.N == 0) return;
   with_value(p.weight.dtype, [&](auto like) { run_rows<decltype(like)>(p); });
+}
+
+// ---- the dense weight --------------------------------------------------------------------------------------
+
+template <class TV>
+FASTICL_INLINE void unpack_word(const TV* p, uint64_t mask, bf16* out) {
+  for (int i = 0; i < 4; i++, mask >>= kLanes) {
+    store(out + i * kLanes, expand(p, mask & 0xffff));
+    p += __builtin_popcount(mask & 0xffff);
+  }
+}
+#if defined(FASTICL_TARGET_AVX512)
+FASTICL_INLINE void unpack_word(const bf16* p, uint64_t mask, bf16* out) { expand64(p, mask, out); }
+#endif
+
+template <class TV>
+void unpack(const RowWeight& w, int64_t n0, int64_t n1, bf16* out, int threads) {
+  const int64_t whole = w.K / kWord, left = w.K % kWord;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    static thread_local Scratch spare_scratch;
+    uint8_t* spare = spare_scratch.get<uint8_t>(static_cast<size_t>(spare_row_bytes<TV>(w.K)));
+    const int64_t t = thread_index(), T = thread_count();
+    for (int64_t n = n0 + (n1 - n0) * t / T; n < n0 + (n1 - n0) * (t + 1) / T; n++) {
+      const TV* p = row_values(w, n, reinterpret_cast<TV*>(spare));
+      const uint8_t* mask = row_mask(w, n, spare + spare_value_bytes<TV>(w.K));
+      bf16* row = out + (n - n0) * w.K;
+      for (int64_t i = 0; i < whole; i++) {
+        const uint64_t bits = mask_word(mask, i, kWord * (i + 1));
+        unpack_word(p, bits, row + i * kWord);
+        p += __builtin_popcountll(bits);
+      }
+      if (left) {
+        bf16 last[kWord];
+        unpack_word(p, mask_word(mask, whole, w.K), last);
+        __builtin_memcpy(row + whole * kWord, last, static_cast<size_t>(left) * sizeof(bf16));
+      }
+    }
+  }
+}
+
+inline void run_unpack(const RowWeight& w, int64_t n0, int64_t n1, bf16* out, int threads) {
+  if (w.dtype == DType::i8) {
+    unpack<int8_t>(w, n0, n1, out, threads);
+  } else {
+    unpack<bf16>(w, n0, n1, out, threads);
+  }
 }
 
 }  // namespace

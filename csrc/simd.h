@@ -132,6 +132,11 @@ FASTICL_INLINE void expand32(const f16* p, uint32_t mask, Vec& a, Vec& b) {
   a = {_mm512_cvtph_ps(_mm512_castsi512_si256(h))};
   b = {_mm512_cvtph_ps(_mm512_extracti64x4_epi64(h, 1))};
 }
+FASTICL_INLINE void expand64(const bf16* p, uint64_t mask, bf16* out) {
+  const bf16* second = p + _mm_popcnt_u32(static_cast<uint32_t>(mask));
+  _mm512_storeu_si512(out, vpexpandw(_mm512_loadu_si512(p), static_cast<uint32_t>(mask)));
+  _mm512_storeu_si512(out + 32, vpexpandw(_mm512_loadu_si512(second), static_cast<uint32_t>(mask >> 32)));
+}
 FASTICL_INLINE int expand64(const int8_t* p, uint64_t mask, Vec (&v)[4]) {
   split_bytes(vpexpandb(_mm512_loadu_si512(p), mask), v);
   return static_cast<int>(_mm_popcnt_u64(mask));

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from dataclasses import dataclass
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fasticl
-from fasticl import PackedWeight
+from fasticl import _C, PackedWeight
+from fasticl.ops import _linear
 from fasticl.ops import _registry as registry
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -169,6 +171,28 @@ class LinearCases:
     def test_more_tokens_than_one_pass_packs(self, op: Op, isa: str, dtype: torch.dtype) -> None:
         weight = op.weight(20, 70, dtype=dtype)
         assert_as_dense(op, torch.randn(577, weight.shape[1]).to(dtype), weight, tokens=(512, 513, 530, 577))
+
+    @pytest.mark.parametrize("values", [None, "int8"])
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_many_tokens_by_the_unpacked_weight(
+        self, op: Op, isa: str, shape: str, values: str | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where the processor multiplies bfloat16 itself."""
+        monkeypatch.setattr(_C, "multiplies_bfloat16", lambda: True)
+        monkeypatch.setattr(_linear, "UNPACKED_BYTES", 20000)  # several blocks of most
+        unpacked = Mock(wraps=_linear.unpacked_linear)
+        monkeypatch.setattr(_linear, "unpacked_linear", unpacked)
+        op = dataclasses.replace(op, values=values)
+        N, K = SHAPES[shape]
+        weight, bias = op.weight(N, K, 0.8, torch.bfloat16), torch.randn(N).bfloat16()
+        x = torch.randn(40, 2, weight.shape[1]).bfloat16()[:, 0]
+        for activation in (None, "silu"):
+            assert_as_dense(op, x, weight, bias if activation else None, activation, tokens=(8, 9, 40))
+        assert unpacked.call_count == 4
+        assert_as_dense(op, x, op.weight(N, K, 0.8, torch.bfloat16), tokens=(4,))
+        assert unpacked.call_count == 4
+        op(x.float(), op.pack(weight.float()))
+        assert unpacked.call_count == 4
 
     @pytest.mark.parametrize("density", [0.0, 0.005, 0.5, 1.0])
     def test_densities(self, op: Op, isa: str, density: float) -> None:

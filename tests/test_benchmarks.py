@@ -151,9 +151,9 @@ def test_every_copy_is_checked() -> None:
 
 
 def test_cold_contenders_rotate_their_own_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "last_level_cache_bytes", lambda device: 4 * 48 * 32 * 4)
+    monkeypatch.setattr(common, "cold_bytes", lambda device: 5 * 48 * 32 * 4)
     cold = {f"{c.impl} {c.sparsity}": c for c in tiny(cache="cold").build()}
-    assert len(cold["torch 0.0"].calls) == 5  # 1.25 times the cache
+    assert len(cold["torch 0.0"].calls) == 5
     assert len(cold["fasticl 0.5"].calls) > 5
     assert len(cold["fasticl 0.9"].calls) > len(cold["fasticl 0.5"].calls)
     packed = [call.args[-1].values.data_ptr() for call in cold["fasticl 0.5"].calls]
@@ -555,6 +555,8 @@ def test_gpu_cases_rotate_copies_past_its_cache(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     assert common.copies_of(32 << 20, "cold") == 3
     assert environment.last_level_cache_bytes("cuda") == 60 << 20
+    assert environment.cold_bytes("cuda") == 75 << 20
+    assert environment.cold_bytes() >= 256 << 20
     assert common.copies_of(32 << 20, "hot") == 1
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import assert_close_to_truth
+from helpers import assert_close_to_truth, guarded
 from linear_cases import DTYPES, LinearCases, Op, dense, exact_in_int8, kernel_edge, kernel_values
 from torch import Tensor
 from torch.nn import functional as F
 
 import fasticl
 from fasticl import _C, PackedWeight
+from fasticl.ops import _registry as registry
 
 
 class TestBitmapLinear(LinearCases):
@@ -106,3 +107,22 @@ def test_inductor_calls_the_kernel() -> None:
     for M in (3, 20):
         x = torch.randn(M, 40)
         assert torch.equal(compiled(x), function(x))
+
+
+@pytest.mark.parametrize("values", [None, "int8"])
+@pytest.mark.parametrize("format", ["bitmap", "nm"])
+def test_unpacks_rows_and_nothing_beside_them(isa: str, format: str, values: str | None) -> None:
+    for N, K in ((1, 8), (33, 72), (300, 1096), (5, 64), (4, 0)):
+        op = Op("", format, "4:8" if format == "nm" else None)
+        weight = op.weight(N, K, 0.5, torch.bfloat16)
+        packed = fasticl.pack(weight, format, pattern=op.pattern, values=values)
+        for threads, first, end in ((1, 0, N), (3, 0, N), (2, N // 3, N - N // 4)):
+            out, check = guarded(torch.full((end - first, K), torch.nan, dtype=torch.bfloat16))
+            _C.unpack_rows(
+                packed.values.data_ptr(), registry.VALUE_DTYPES[packed.values.dtype], packed.bitmask.data_ptr(),
+                0 if format == "nm" else packed.row_offsets.data_ptr(), N, K, packed.values.numel() // N,
+                first, end, out.data_ptr(), threads,
+            )  # fmt: skip
+            check()
+            expected = weight if values is None else packed.unpack_values().bfloat16()
+            assert torch.equal(out, expected[first:end])

@@ -57,6 +57,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     [
         (1.5, 0.97, True),  # a loss within the noise of timing, outweighed
         (1.5, 0.9, False),  # a loss
+        (2.1, 0.76, True),  # a loss that the gain is worth
+        (4.0, 0.74, False),  # a loss that no gain is worth
         (1.01, 0.97, False),  # slower in the mean
     ],
 )
@@ -627,11 +629,11 @@ def test_zero_converts_all_with_zeros_and_a_huge_one_none(clock: Clock) -> None:
 
 
 def test_a_loss_at_one_number_of_tokens_keeps_dense(clock: Clock) -> None:
-    clock.gain = lambda contender, tokens: {1: 5.0, 16: 0.9, 64: 5.0}[tokens]
+    clock.gain = lambda contender, tokens: {1: 5.0, 16: 0.7, 64: 5.0}[tokens]
     model = nn.Sequential(pruned_linear(32, 32))
     report = fasticl.convert(model, tokens=(1, 16, 64))
     assert kernels(report) == {"0": "dense"}
-    assert reasons(report)["0"] == "bitmap would be 5.00x at 1, 0.90x at 16, 5.00x at 64 tokens"
+    assert reasons(report)["0"] == "bitmap would be 5.00x at 1, 0.70x at 16, 5.00x at 64 tokens"
     assert isinstance(model[0], nn.Linear)
     assert kernels(fasticl.convert(model, tokens=(1, 64))) == {"0": "bitmap"}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fasticl import gather_layout
+from fasticl import _C, gather_layout
 from fasticl.bits import expand_bits
 from fasticl.formats import PackedWeight
 from fasticl.ops import _registry as registry
@@ -14,6 +14,10 @@ from fasticl.ops import _registry as registry
 # and bytes (csrc/sliced_linear_cuda.cu), not measured; fasticl bench --tune may find otherwise.
 GATHER_DENSITY = {4: gather_layout.MAX_DENSITY, gather_layout.MAX_TOKENS: 0.18}
 GATHER = "CUDA C++ (gather)"
+# On a CPU with products of bfloat16 of its own, from how many tokens and above which density torch's matmul of the
+# unpacked weight is faster than the row kernel, which multiplies float32. Measured on Zen 5.
+UNPACKED_TOKENS, UNPACKED_DENSITY = 9, 0.3
+UNPACKED_BYTES = 1 << 23  # at a time, in one place: what the matmul reads is in cache, and no new pages are touched
 
 
 def dense_from_bitmap(values: Tensor, bitmask: Tensor, K: int) -> Tensor:
@@ -67,3 +71,44 @@ def fake_linear(x: Tensor, N: int) -> Tensor:
 def kernel_takes(x: Tensor) -> bool:
     """float64 runs the reference: the kernels accumulate in float32."""
     return x.dtype in registry.DTYPES
+
+
+def unpacks(x: Tensor, values: Tensor, N: int) -> bool:
+    """Whether :func:`unpacked_linear` is the faster one on this CPU."""
+    K = x.shape[-1]
+    if x.dtype != torch.bfloat16 or x.numel() < UNPACKED_TOKENS * K or values.dtype not in (x.dtype, torch.int8):
+        return False
+    return values.numel() > UNPACKED_DENSITY * N * K and _C.multiplies_bfloat16()
+
+
+def unpacked_linear(
+    x: Tensor, values: Tensor, bitmask: Tensor | None, row_offsets: Tensor | None, bias: Tensor | None,
+    activation: str | None, scales: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """``act(scales * (x @ dense(weight).T) + bias)`` in bfloat16 by torch's matmul, the weight unpacked for this call.
+
+    ``row_offsets`` are None where all rows have as many values, and ``bitmask`` too where they are the weight.
+    """
+    N, K = (values if bitmask is None else bitmask).shape[0], x.shape[-1]
+    rows = max(1, UNPACKED_BYTES // (2 * K))
+    block = x.new_empty(min(rows, N), K)
+    parts = []
+    for first in range(0, N, rows):
+        end = min(first + rows, N)
+        if bitmask is None:
+            weight = values[first:end].to(x.dtype)
+        else:
+            weight = block[: end - first]
+            _C.unpack_rows(
+                values.data_ptr(), registry.VALUE_DTYPES[values.dtype], bitmask.data_ptr(),
+                registry.address(row_offsets), N, K, values.numel() // N, first, end, weight.data_ptr(),
+                torch.get_num_threads(),
+            )  # fmt: skip
+        some_bias = None if bias is None else bias[first:end]
+        if scales is None:
+            y = torch.nn.functional.linear(x, weight, some_bias)
+        else:
+            y = torch.nn.functional.linear(x, weight).float() * scales[first:end].float()
+            y = y if some_bias is None else y + some_bias.float()
+        parts.append(registry.apply_activation(y, activation).to(x.dtype))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)

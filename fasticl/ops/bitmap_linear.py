@@ -37,9 +37,13 @@ def bitmap_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, a
         ``[..., N]`` in ``x.dtype``; products accumulate in float32, the result is rounded once.
 
     Int8 values are multiplied as integers times float32, and each sum by its row's scale: nothing else is rounded. On
-    CUDA they run the reference. Where a CUDA C++ kernel runs, several multiprocessors may share an output's K; their
-    sums are added in one order, so that equal calls give equal bits. There more than 256 tokens are multiplied by the
-    unpacked weight, which PyTorch rounds once more before the activation.
+    CUDA they run the reference.
+
+    On a CPU with products of bfloat16 (AVX512_BF16: Zen 4, Sapphire Rapids) more than 8 tokens of bfloat16 are
+    multiplied by the unpacked weight, if more than 30 % of it is stored: a matmul of PyTorch, which rounds once more
+    before the scales and the activation. So are more than 256 tokens on CUDA where a CUDA C++ kernel runs; there
+    several multiprocessors may share an output's K, and their sums are added in one order, so that equal calls give
+    equal bits.
 
     Where a weight is not stored, a few tokens (at most 8, 4 without AVX-512, and fewer the sparser the weight) are
     multiplied by zero, more are not: an infinite or NaN x there gives NaN, as in the dense product, or nothing. On CUDA
@@ -83,6 +87,8 @@ def cpu(
     if not _linear.kernel_takes(x):
         return reference(x, values, bitmask, row_offsets, bias, activation, scales=scales)
     N, K = bitmask.shape[0], x.shape[-1]
+    if _linear.unpacks(x, values, N):
+        return _linear.unpacked_linear(x, values, bitmask, row_offsets, bias, activation, scales)
     x2, M, stride = registry.rows(x)
     bias = registry.contiguous(bias)
     y = x.new_empty((*x.shape[:-1], N))

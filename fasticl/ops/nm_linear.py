@@ -33,6 +33,8 @@ def nm_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, activ
     Returns:
         ``[..., N]`` in ``x.dtype``; products accumulate in float32, the result is rounded once.
 
+    On a CPU with products of bfloat16, more than 8 tokens of it are multiplied as :func:`fasticl.ops.bitmap_linear`
+    says.
     On CUDA the C++ kernel, for 2:4 and up to 64 tokens, multiplies what is stored, zeros that fill a group included,
     and nothing else: an infinite or NaN x gives NaN there, and elsewhere, unlike in the dense product, nothing. So does
     cuSPARSELt, which computes where the GPU's tuned table says so; the zeros that fill its groups may be others, and it
@@ -73,6 +75,8 @@ def cpu(
     if not _linear.kernel_takes(x):
         return reference(x, values, bitmask, bias, activation, scales)
     N, K = (values if bitmask is None else bitmask).shape[0], x.shape[-1]
+    if _linear.unpacks(x, values, N):
+        return _linear.unpacked_linear(x, values, bitmask, None, bias, activation, scales)
     x2, M, stride = registry.rows(x)
     bias = registry.contiguous(bias)
     y = x.new_empty((*x.shape[:-1], N))
