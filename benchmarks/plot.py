@@ -1,7 +1,7 @@
-"""Figures and README tables from a results file.
+"""Figures and README tables from results files.
 
-``python benchmarks/plot.py`` draws into the file's folder; ``--readme README.md`` instead fills in the tables between
-``<!-- table:NAME -->`` and ``<!-- end -->``. NAME: headline, bandwidth, or an op.
+``python benchmarks/plot.py`` draws beside the files; ``--readme README.md`` instead fills in the tables between
+``<!-- table:NAME -->`` and ``<!-- end -->`` from those of CPUs. NAME: headline, bandwidth, or an op.
 """
 
 from __future__ import annotations
@@ -192,35 +192,28 @@ def figures(rows: Sequence[Row]) -> dict[str, Figure]:
     return found
 
 
-def only_results() -> Path:
-    """The one file of ``benchmarks/results``.
-
-    Raises:
-        SystemExit: if there is none, or there are several.
-    """
-    found = sorted(RESULTS.glob("*.csv"))
-    if len(found) != 1:
-        raise SystemExit(f"{RESULTS}: expected one .csv, got {len(found)}; name it: plot.py RESULTS.csv")
-    return found[0]
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="?", help="default: the one in benchmarks/results")
+    parser.add_argument("results", type=Path, nargs="*", help="default: those in benchmarks/results")
     parser.add_argument("--readme", type=Path, help="fill in this file's tables; draw nothing")
     options = parser.parse_args(arguments)
-    path = (options.results or only_results()).resolve()
-    rows = read_rows(path)
-    if not rows:
-        raise SystemExit(f"{path}: expected rows, got none")
+    paths = [path.resolve() for path in options.results or sorted(RESULTS.glob("*.csv"))]
+    found = {path: read_rows(path) for path in paths}
+    if not found or not all(found.values()):
+        raise SystemExit(f"expected rows, got none: {', '.join(str(path) for path in paths if not found[path])}")
     if options.readme:
-        source = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
-        print(f"{options.readme}: {', '.join(fill(options.readme, rows, source))}")
+        results = {
+            path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name: rows
+            for path, rows in found.items()
+            if rows[0]["device"] == "cpu"
+        }
+        print(f"{options.readme}: {', '.join(fill(options.readme, results))}")
         return 0
-    for stem, drawing in figures(rows).items():
-        target = path.with_name(f"{path.stem}-{stem}.png")
-        drawing.savefig(target, dpi=130)
-        print(target)
+    for path, rows in found.items():
+        for stem, drawing in figures(rows).items():
+            target = path.with_name(f"{path.stem}-{stem}.png")
+            drawing.savefig(target, dpi=130)
+            print(target)
     return 0
 
 

@@ -1,10 +1,10 @@
-"""Markdown tables from the rows of a results file."""
+"""Markdown tables from the rows of results files, one of each machine."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from environment import ROOT
 from fasticl import sweep
 
 Row = dict[str, str]
+Results = Mapping[str, Sequence[Row]]  # by file
 # Beside FastICL's rows and the best dense
 SHOWN = ("onnxruntime", "torch_compile", "torch_csr", "torch_bsr", "torch_2_4", "llama_cpp_q4_1")
 PAPER = ROOT / "benchmarks" / "results" / "reproduce" / "results.json"
@@ -74,13 +75,21 @@ def op_table(rows: Sequence[Row], op: str) -> str:
     return markdown(["case", "best dense", *variants], body)
 
 
-def bandwidth_table(rows: Sequence[Row], op: str = "bitmap_linear") -> str:
+def bandwidth_table(results: Results, op: str = "bitmap_linear") -> str:
     """Cold batch-1 cases: bytes per second of the packed weights, and of plain reading in the same run."""
-    body = []
-    for row, roofline in rooflines(rows, op):
-        name = f"{row['shape']}, {row['dtype']}, {percent(row['sparsity'])}"
-        body.append([name, f"{float(row['gbps']):.1f}", f"{roofline:.1f}", f"{float(row['gbps']) / roofline:.0%}"])
-    return markdown([f"{op}, batch 1, from memory", "GB/s", "read only, GB/s", "of the roofline"], body)
+    cells: dict[str, dict[str, str]] = {}
+    for source, rows in results.items():
+        for row, roofline in rooflines(rows, op):
+            name = f"{row['shape']}, {row['dtype']}, {percent(row['sparsity'])}"
+            share = float(row["gbps"]) / roofline
+            cells.setdefault(name, {})[source] = f"{float(row['gbps']):.1f} of {roofline:.1f}, {share:.0%}"
+    body = [[name, *(found.get(source, "") for source in results)] for name, found in cells.items()]
+    return markdown([f"{op}, batch 1, from memory: GB/s of plain reading's", *map(machine, results)], body)
+
+
+def machine(source: str) -> str:
+    """The processor that a file is called after: "intel xeon family6 model207"."""
+    return re.sub(r"^cpu-|-\d+threads$", "", Path(source).stem).replace("-", " ")
 
 
 def rooflines(rows: Sequence[Row], op: str) -> Iterator[tuple[Row, float]]:
@@ -175,22 +184,23 @@ GOALS = (
 )  # fmt: skip
 
 
-def headline_table(rows: Sequence[Row]) -> str:
+def headline_table(results: Results) -> str:
     """What the project set out to reach, and what was measured; speed-ups are over the best dense."""
 
-    def written(values: Sequence[float | None], unit: str) -> str:
+    def cell(goal: Goal, rows: Sequence[Row]) -> str:
+        values = goal.measure(rows)
         if all(value is None for value in values):
             return "not measured"
-        digits = 0 if unit == " %" else 2
-        return " / ".join("–" if value is None else f"{value:.{digits}f}" for value in values) + unit
+        digits = 0 if goal.unit == " %" else 2
+        text = " / ".join("–" if value is None else f"{value:.{digits}f}" for value in values) + goal.unit
+        reached = all(value is not None and value >= least for value, least in zip(values, goal.at_least, strict=True))
+        return f"**{text}**" if reached else text
 
     body = []
     for goal in GOALS:
-        values = goal.measure(rows)
-        reached = all(value is not None and value >= least for value, least in zip(values, goal.at_least, strict=True))
         at_least = " / ".join(f"{value:g}" for value in goal.at_least) + goal.unit
-        body.append([goal.case, written(values, goal.unit), at_least, "yes" if reached else "no"])
-    return markdown(["case", "measured", "at least", "reached"], body)
+        body.append([goal.case, at_least, *(cell(goal, rows) for rows in results.values())])
+    return markdown(["case", "at least", *(f"{machine(source)} (bold: reached)" for source in results)], body)
 
 
 def paper_table(path: Path = PAPER) -> str:
@@ -242,35 +252,39 @@ def sweep_table(path: Path = SWEEP) -> str:
     )
 
 
-def table(name: str, rows: Sequence[Row], source: str) -> str:
+def table(name: str, results: Results) -> str:
     """The table ``name``: "headline", "bandwidth", "paper", "sweep" or an op; and the source of its numbers.
 
     Raises:
         ValueError: if there is no such table, or no rows for it.
     """
-    if not rows:
-        raise ValueError(f"{source}: expected rows, got none")
     if name == "paper":
         return paper_table()
     if name == "sweep":
         return sweep_table()
     if name == "headline":
-        text, used = headline_table(rows), list(rows)
-    elif name == "bandwidth":
-        text, used = bandwidth_table(rows), [row for row, _ in rooflines(rows, "bitmap_linear")]
-    else:
-        text, used = op_table(rows, name), _select(rows, op=name)
+        return "\n\n".join((headline_table(results), *(_facts(*each) for each in results.items())))
+    if name == "bandwidth":
+        read = {source: [row for row, _ in rooflines(rows, "bitmap_linear")] for source, rows in results.items()}
+        return "\n\n".join((bandwidth_table(results), *(_facts(*each) for each in read.items())))
+    parts = [f"{op_table(rows, name)}\n\n{_facts(source, _select(rows, op=name))}" for source, rows in results.items()]
+    return "\n\n".join(parts)
+
+
+def _facts(source: str, used: Sequence[Row]) -> str:
+    if not used:
+        raise ValueError(f"{source}: expected rows, got none")
     facts = [
         f"{column} {' and '.join(sorted({row[column] for row in used if row[column]}))}"
         for column in ("threads", "torch", "fasticl", "git")
     ]
-    return f"{text}\n\nFrom `{source}`: {', '.join(facts)}."
+    return f"From `{source}`: {', '.join(facts)}."
 
 
 MARKER = re.compile(r"(<!-- table:([\w-]+) -->\n)(?:.*?)(<!-- end -->)", re.DOTALL)
 
 
-def fill(readme: Path, rows: Sequence[Row], source: str) -> list[str]:
+def fill(readme: Path, results: Results) -> list[str]:
     """Writes the tables between the markers of ``readme``; returns their names.
 
     Raises:
@@ -282,5 +296,5 @@ def fill(readme: Path, rows: Sequence[Row], source: str) -> list[str]:
         raise ValueError(
             f"{readme}: expected `<!-- table:NAME -->` lines, each with `<!-- end -->`, got {opened} and {len(names)}"
         )
-    readme.write_text(MARKER.sub(lambda match: f"{match[1]}{table(match[2], rows, source)}\n{match[3]}", text))
+    readme.write_text(MARKER.sub(lambda match: f"{match[1]}{table(match[2], results)}\n{match[3]}", text))
     return names

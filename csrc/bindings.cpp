@@ -11,7 +11,8 @@ void bind_sliced_linear(py::module_&);
 
 namespace {
 
-constexpr const char* kTargetNames[] = {"scalar", "avx2", "avx512"};
+constexpr Target kTargets[] = {Target::scalar, Target::avx2, Target::avx512, Target::avx512_bf16};
+constexpr const char* kTargetNames[] = {"scalar", "avx2", "avx512", "avx512_bf16"};
 
 bool supported(Target t) {
 #ifdef FASTICL_X86
@@ -20,6 +21,7 @@ bool supported(Target t) {
                     __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
                     __builtin_cpu_supports("lzcnt") && __builtin_cpu_supports("popcnt");
   if (t == Target::avx2) return avx2;
+  if (t == Target::avx512_bf16) return supported(Target::avx512) && __builtin_cpu_supports("avx512bf16");
   if (t == Target::avx512) {
     return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -30,8 +32,10 @@ bool supported(Target t) {
 }
 
 Target best() {
-  if (supported(Target::avx512)) return Target::avx512;
-  return supported(Target::avx2) ? Target::avx2 : Target::scalar;
+  Target found = Target::scalar;
+  for (const Target t : kTargets)
+    if (supported(t)) found = t;
+  return found;
 }
 
 Target in_force = best();
@@ -50,7 +54,7 @@ PYBIND11_MODULE(_C, m) {
       "targets",
       [] {
         py::list names;
-        for (const Target t : {Target::scalar, Target::avx2, Target::avx512})
+        for (const Target t : kTargets)
           if (supported(t)) names.append(kTargetNames[static_cast<int>(t)]);
         return names;
       },
@@ -58,7 +62,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "set_target",
       [](const std::string& name) {
-        for (const Target t : {Target::scalar, Target::avx2, Target::avx512})
+        for (const Target t : kTargets)
           if (name == kTargetNames[static_cast<int>(t)]) {
             if (!supported(t)) throw py::value_error("this machine cannot run the target '" + name + "'");
             in_force = t;
@@ -67,16 +71,6 @@ PYBIND11_MODULE(_C, m) {
         throw py::value_error("expected a target of targets(), got '" + name + "'");
       },
       "name"_a, "Forces an instruction set. For tests: results do not depend on it beyond rounding.");
-  m.def(
-      "multiplies_bfloat16",
-      [] {
-#ifdef FASTICL_X86
-        return in_force == Target::avx512 && __builtin_cpu_supports("avx512bf16") != 0;
-#else
-        return false;
-#endif
-      },
-      "Whether the processor has products of bfloat16 of its own (AVX512_BF16), and AVX-512 is in force.");
 #ifdef _OPENMP
   m.attr("openmp") = true;
 #else

@@ -25,15 +25,16 @@
 
 namespace fasticl {
 
-enum class Target : int { scalar = 0, avx2 = 1, avx512 = 2 };
+enum class Target : int { scalar = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 
-// The best target of this machine, unless a test has forced another one. Defined in bindings.cpp.
+// The best target of this machine, unless a test has forced another one. Defined in bindings.cpp. avx512_bf16 runs the
+// kernels of avx512, which have another loop for it where one pays.
 Target target();
 
 // Calls `call` in the namespace of the target in force: FASTICL_DISPATCH(run(params)).
 #ifdef FASTICL_X86
 #define FASTICL_DISPATCH(call)                                                \
-  (::fasticl::target() == ::fasticl::Target::avx512 ? ::fasticl::avx512::call \
+  (::fasticl::target() >= ::fasticl::Target::avx512 ? ::fasticl::avx512::call \
    : ::fasticl::target() == ::fasticl::Target::avx2 ? ::fasticl::avx2::call   \
                                                     : ::fasticl::scalar::call)
 #else

@@ -132,11 +132,6 @@ FASTICL_INLINE void expand32(const f16* p, uint32_t mask, Vec& a, Vec& b) {
   a = {_mm512_cvtph_ps(_mm512_castsi512_si256(h))};
   b = {_mm512_cvtph_ps(_mm512_extracti64x4_epi64(h, 1))};
 }
-FASTICL_INLINE void expand64(const bf16* p, uint64_t mask, bf16* out) {
-  const bf16* second = p + _mm_popcnt_u32(static_cast<uint32_t>(mask));
-  _mm512_storeu_si512(out, vpexpandw(_mm512_loadu_si512(p), static_cast<uint32_t>(mask)));
-  _mm512_storeu_si512(out + 32, vpexpandw(_mm512_loadu_si512(second), static_cast<uint32_t>(mask >> 32)));
-}
 FASTICL_INLINE int expand64(const int8_t* p, uint64_t mask, Vec (&v)[4]) {
   split_bytes(vpexpandb(_mm512_loadu_si512(p), mask), v);
   return static_cast<int>(_mm_popcnt_u64(mask));
@@ -157,6 +152,23 @@ FASTICL_INLINE void order64(Vec (&v)[4]) {
     split_lanes(v[0], v[2]);
     split_lanes(v[1], v[3]);
   }
+}
+
+// Products of pairs of bfloat16, for the target avx512_bf16: 32 columns a register. Below 2^-126 numbers count as zero.
+template <class T>
+constexpr bool kPairs = false;
+template <>
+constexpr bool kPairs<bf16> = true;
+FASTICL_INLINE __m512i load_pairs(const bf16* p) { return _mm512_loadu_si512(p); }
+FASTICL_INLINE __m512i expand_pairs(const bf16* p, uint32_t mask) { return vpexpandw(load_pairs(p), mask); }
+FASTICL_INLINE void expand64(const bf16* p, uint64_t mask, bf16* out) {
+  const bf16* second = p + _mm_popcnt_u32(static_cast<uint32_t>(mask));
+  _mm512_storeu_si512(out, expand_pairs(p, static_cast<uint32_t>(mask)));
+  _mm512_storeu_si512(out + 32, expand_pairs(second, static_cast<uint32_t>(mask >> 32)));
+}
+FASTICL_INLINE Vec dot_pairs(__m512i a, __m512i b, Vec acc) {  // its own attribute would keep it out of lambdas
+  asm("vdpbf16ps %2, %1, %0" : "+v"(acc.v) : "v"(a), "v"(b));
+  return acc;
 }
 
 // Products of bytes: int8 values are multiplied without conversion to float32. For them x is in fixed point: 24 bits q

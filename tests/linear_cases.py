@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fasticl
-from fasticl import _C, PackedWeight
+from fasticl import PackedWeight
 from fasticl.ops import _linear
 from fasticl.ops import _registry as registry
 
@@ -178,7 +178,7 @@ class LinearCases:
         self, op: Op, isa: str, shape: str, values: str | None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Where the processor multiplies bfloat16 itself."""
-        monkeypatch.setattr(_C, "multiplies_bfloat16", lambda: True)
+        monkeypatch.setattr(_linear, "multiplies_bfloat16", lambda: True)
         monkeypatch.setattr(_linear, "UNPACKED_BYTES", 20000)  # several blocks of most
         unpacked = Mock(wraps=_linear.unpacked_linear)
         monkeypatch.setattr(_linear, "unpacked_linear", unpacked)
@@ -244,7 +244,9 @@ class LinearCases:
                 v = v.to(dtype)
                 truth, pytorch_result = activate(v.double(), activation), activate(v, activation)
                 assert_close_to_truth(activated(v, M), truth.expand(M, -1), pytorch_result.expand(M, -1))
-                if activation != "gelu_tanh":  # 1 + tanh(y) cancels; the others keep their relative precision
+                by_torch = isa == "avx512_bf16" and dtype == torch.bfloat16 and M > 8  # whose 1 + erf(y) cancels
+                if activation != "gelu_tanh" and not (activation == "gelu" and by_torch):
+                    # 1 + tanh(y) cancels too; the others keep their relative precision.
                     rtol = torch.finfo(dtype).eps + 2e-5  # e^(-y^2 / 2) multiplies the rounding of its argument
                     torch.testing.assert_close(activated(v, M)[0].double(), truth, rtol=rtol, atol=smallest)
             truth = activate(special.to(dtype).double(), activation).to(dtype).expand(M, -1)

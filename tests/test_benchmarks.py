@@ -708,27 +708,38 @@ def test_readme_tables(rows: list[dict[str, str]], tmp_path: Path) -> None:
     common.Results(tmp_path / "cpu.csv").put(rows)
     readme = tmp_path / "README.md"
     names = ("headline", "bandwidth", "bitmap_linear", "attention_mlp", "model")
-    readme.write_text("# Title\n" + "".join(f"<!-- table:{name} -->\nold\n<!-- end -->\ntext\n" for name in names))
+    readme.write_text("# Title\n" + "".join(f"<!-- table:{name} -->\nstale\n<!-- end -->\ntext\n" for name in names))
     arguments = [str(tmp_path / "cpu.csv"), "--readme", str(readme)]
     assert plot.main(arguments) == 0
     text = readme.read_text()
-    assert "old" not in text
+    assert "stale" not in text
     assert text.startswith("# Title\n<!-- table:headline -->\n| case |")
     assert text.endswith("<!-- end -->\ntext\n")
     assert text.count("From `cpu.csv`: threads 2, torch 2.0, fasticl 0.1, git abc.") == len(names)
     assert "| 4096x4096, batch 1, float32, hot | 2 ms (torch) | 1.20× | 1.67× | 3.33× | 5.00× |" in text
     assert plot.main(arguments) == 0
     assert readme.read_text() == text
+    common.Results(tmp_path / "cpu-other.csv").put(rows)
+    common.Results(tmp_path / "gpu.csv").put([each | {"device": "cuda"} for each in rows])
+    assert plot.main([str(tmp_path / "cpu-other.csv"), str(tmp_path / "gpu.csv"), *arguments]) == 0
+    text = readme.read_text()
+    assert "| case | at least | other (bold: reached) | cpu (bold: reached) |" in text
+    assert "batch 1, from memory: GB/s of plain reading's | other | cpu |" in text
+    assert text.count("From `cpu.csv`: ") == text.count("From `cpu-other.csv`: ") == len(names)
+    assert "gpu" not in text
 
 
 def test_headline_compares_with_the_goals(rows: list[dict[str, str]]) -> None:
-    lines = {line.split(" | ")[0].lstrip("| "): line for line in tables.headline_table(rows).splitlines()}
+    text = tables.headline_table({"cpu-some-2threads.csv": rows, "cpu-other-4threads.csv": rows[:6]})
+    lines = {line.split(" | ")[0].lstrip("| "): line for line in text.splitlines()}
+    assert lines["case"] == "| case | at least | some (bold: reached) | other (bold: reached) |"
     bitmap = "`bitmap_linear` 4096×4096, batch 1, float32, 50 / 80 %"
-    assert lines[bitmap].endswith("| 1.67 / 3.33× | 1.6 / 3.4× | no |")
-    assert lines["`sliced_linear` 4096×4096, batch 1, float32, 90 %"].endswith("| 5.00× | 5.5× | no |")
-    assert lines["`attention_mlp` B=64, L=512, d=64, m=256, against eager"].endswith("| 3.80× | 3.5× | yes |")
-    assert lines["the same, against `torch.compile`"].endswith("| 1.90× | 2× | no |")
-    assert lines["3072×768, batch 64, float32, 50 / 80 / 90 %"].endswith("| not measured | 2 / 4 / 7× | no |")
+    assert lines[bitmap] == f"| {bitmap} | 1.6 / 3.4× | 1.67 / 3.33× | 1.67 / 3.33× |"
+    assert lines["`sliced_linear` 4096×4096, batch 1, float32, 90 %"].endswith("| 5.5× | 5.00× | not measured |")
+    assert lines["`attention_mlp` B=64, L=512, d=64, m=256, against eager"].endswith(
+        "| 3.5× | **3.80×** | not measured |"
+    )
+    assert lines["the same, against `torch.compile`"].endswith("| 2× | 1.90× | not measured |")
 
 
 def test_roofline_is_the_bandwidth_of_the_same_case(rows: list[dict[str, str]]) -> None:
@@ -786,5 +797,5 @@ def test_bad_readme_is_left_alone(rows: list[dict[str, str]], tmp_path: Path, te
     readme = tmp_path / "README.md"
     readme.write_text(text)
     with pytest.raises(ValueError, match=message):
-        tables.fill(readme, rows, "cpu.csv")
+        tables.fill(readme, {"cpu.csv": rows})
     assert readme.read_text() == text

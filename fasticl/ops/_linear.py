@@ -14,8 +14,8 @@ from fasticl.ops import _registry as registry
 # and bytes (csrc/sliced_linear_cuda.cu), not measured; fasticl bench --tune may find otherwise.
 GATHER_DENSITY = {4: gather_layout.MAX_DENSITY, gather_layout.MAX_TOKENS: 0.18}
 GATHER = "CUDA C++ (gather)"
-# On a CPU with products of bfloat16 of its own, from how many tokens and above which density torch's matmul of the
-# unpacked weight is faster than the row kernel, which multiplies float32. Measured on Zen 5.
+# On a CPU with products of bfloat16, from how many tokens and above which density torch's matmul of the unpacked weight
+# is faster than the row kernel, which multiplies float32 there. Measured on Zen 5.
 UNPACKED_TOKENS, UNPACKED_DENSITY = 9, 0.3
 UNPACKED_BYTES = 1 << 23  # at a time, in one place: what the matmul reads is in cache, and no new pages are touched
 
@@ -73,12 +73,17 @@ def kernel_takes(x: Tensor) -> bool:
     return x.dtype in registry.DTYPES
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has products of bfloat16, and they are in force."""
+    return _C.target() == "avx512_bf16"
+
+
 def unpacks(x: Tensor, values: Tensor, N: int) -> bool:
     """Whether :func:`unpacked_linear` is the faster one on this CPU."""
     K = x.shape[-1]
     if x.dtype != torch.bfloat16 or x.numel() < UNPACKED_TOKENS * K or values.dtype not in (x.dtype, torch.int8):
         return False
-    return values.numel() > UNPACKED_DENSITY * N * K and _C.multiplies_bfloat16()
+    return values.numel() > UNPACKED_DENSITY * N * K and multiplies_bfloat16()
 
 
 def unpacked_linear(
