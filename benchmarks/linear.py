@@ -173,9 +173,9 @@ def nm_on_cusparselt(N: int, K: int, x: Tensor, dtype: str, cache: str) -> list[
     def contender() -> Contender:
         with tuned.forced("nm_linear", on):
             stored = fasticl.pack(weight, "nm", pattern="2:4")
-        if stored.compressed is None:
+        if stored.layouts is None or stored.layouts.compressed is None:
             raise RuntimeError(f"cuSPARSELt does not take {list(weight.shape)}, {weight.dtype}, on {weight.device}")
-        size, flops = bytes_of(stored.compressed), 2 * int(torch.count_nonzero(weight)) * len(x)
+        size, flops = bytes_of(stored.layouts.compressed), 2 * int(torch.count_nonzero(weight)) * len(x)
         return Contender(
             "fasticl_cusparselt", rotated(call, stored, size, cache), Truth.of(F.linear, x, weight),
             size + bytes_of(x) + N * len(x) * x.element_size(), flops, 0.5, "2:4",

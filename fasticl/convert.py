@@ -570,18 +570,16 @@ def _gains(ms: Mapping[str, dict[int, float]], name: str) -> dict[int, float]:
 
 def _implementations_text(layer: nn.Module, tokens: Sequence[int]) -> str:
     """Which of its kernels a packed layer runs on a GPU, where there are several."""
-    if not isinstance(layer, SparseLinear):
+    if not isinstance(layer, SparseLinear) or layer._layouts is None:
         return ""
     runs: Callable[..., str]
-    if layer._lanes is not None:
-        runs = partial(implementation_of_bitmap, gather=layer._gather is not None)
-    elif layer._gather is not None:
+    has = {name: layout is not None for name, layout in vars(layer._layouts).items()}
+    if has["lanes"]:
+        runs = partial(implementation_of_bitmap, gather=has["gather"])
+    elif has["gather"]:
         runs = implementation_of_sliced
-    elif layer._fragments is not None or layer._compressed is not None:
-        layouts = (layer._fragments is not None, layer._compressed is not None)
-        runs = partial(implementation_of_nm, fragments=layouts[0], compressed=layouts[1])
     else:
-        return ""
+        runs = partial(implementation_of_nm, fragments=has["fragments"], compressed=has["compressed"])
     names: dict[str, list[int]] = {}
     for M in tokens:
         names.setdefault(runs(layer.values, layer.out_features, layer.in_features, M), []).append(M)

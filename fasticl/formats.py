@@ -8,11 +8,10 @@ The *portable* form is a bitmask and the stored values by rows, the tensors of c
     row_offsets  int64 [N + 1]; row n is values[row_offsets[n] : row_offsets[n + 1]]
 
 On the CPU the row kernels run on this form as it is: it streams a row's values once and needs a bit per position,
-``4 d + 1/8`` bytes for float32 at density ``d``, and one copy serves one token and a thousand. On a GPU a bitmap weight
-is held in the order of its kernel too, ``PackedWeight.lanes`` (fasticl/lane_stream.py), a bitmap or sliced weight of
-density below 1/4 as lists for up to eight tokens, ``PackedWeight.gather`` (fasticl/gather_layout.py), and a 2:4 weight
-in the order of the sparse tensor cores, ``PackedWeight.fragments`` (fasticl/sparse_fragments.py), and where the GPU's
-table says so in cuSPARSELt's, ``PackedWeight.compressed`` (fasticl/cusparselt.py). Formats:
+``4 d + 1/8`` bytes for float32 at density ``d``, and one copy serves one token and a thousand. On a GPU a weight is
+held in the order of its kernels too, ``PackedWeight.layouts`` (fasticl/device_layouts.py): a bitmap weight in that of
+the tensor cores, a bitmap or sliced weight of density below 1/4 as lists for up to eight tokens, and a 2:4 weight in
+the order of the sparse tensor cores, and where the GPU's table says so in cuSPARSELt's. Formats:
 
     bitmap   any zeros
     nm       exactly n values in every m consecutive columns; zeros are stored where a group has fewer
@@ -34,10 +33,7 @@ from torch import Tensor
 
 from fasticl import _C
 from fasticl.bits import count_bits, expand_bits, pack_bits, true_positions
-from fasticl.cusparselt import derive_compressed, to_compressed
-from fasticl.gather_layout import GatherLayout, derive_gather, to_gather
-from fasticl.lane_stream import LaneStream, derive_lanes, to_lanes
-from fasticl.sparse_fragments import derive_fragments, to_fragments
+from fasticl.device_layouts import DeviceLayouts
 
 FORMATS = ("auto", "bitmap", "sliced", "nm", "compact", "dense")
 VALUES = (None, "int8")  # how values are stored: in the weight's dtype, or quantized
@@ -90,11 +86,8 @@ class PackedWeight:
     rows: Tensor | None = None
     columns: Tensor | None = None
     sliced: SlicedLayout | None = None
-    lanes: LaneStream | None = None  # the CUDA kernel's layout: fasticl/lane_stream.py
     scales: Tensor | None = None  # of int8 values
-    fragments: Tensor | None = None  # the CUDA kernel's layout of 2:4: fasticl/sparse_fragments.py
-    gather: GatherLayout | None = None  # the CUDA kernel's layout of few values: fasticl/gather_layout.py
-    compressed: Tensor | None = None  # cuSPARSELt's layout of 2:4: fasticl/cusparselt.py
+    layouts: DeviceLayouts | None = None  # of its GPU's kernels
 
     @property
     def dtype(self) -> torch.dtype:
@@ -118,16 +111,16 @@ class PackedWeight:
     @property
     def bytes_read(self) -> int:
         """What one product with one token reads of the weight, in bytes: the numerator of the roofline."""
-        if self.gather is not None:
-            return _bytes(self.gather.tensors)
-        if self.lanes is not None:
-            return _bytes(self.lanes.tensors)
-        if self.fragments is not None:
-            return _bytes([self.fragments])
+        layouts = self.layouts or DeviceLayouts()
+        if (first := layouts.gather or layouts.lanes) is not None:
+            return _bytes(first.tensors)
+        if layouts.fragments is not None:
+            return _bytes([layouts.fragments])
+        scales = [] if self.scales is None else [self.scales]
         if self.sliced is not None:
-            return _bytes([*self.sliced.tensors, *([] if self.scales is None else [self.scales])])
+            return _bytes([*self.sliced.tensors, *scales])
         if self.format == "nm":  # rows are equally long
-            return self.bytes - _bytes([self.row_offsets, *([] if self.compressed is None else [self.compressed])])
+            return _bytes([self.values, self.bitmask, *scales])
         return self.bytes
 
     @property
@@ -137,10 +130,8 @@ class PackedWeight:
 
     def _tensors(self) -> list[Tensor]:
         own = [self.values, self.scales, self.bitmask, self.row_offsets, self.rows, self.columns]
-        own += [self.fragments, self.compressed]
         derived = self.sliced.tensors if self.sliced is not None else []
-        derived += self.lanes.tensors if self.lanes is not None else []
-        derived += self.gather.tensors if self.gather is not None else []
+        derived += self.layouts.tensors if self.layouts is not None else []
         return [t for t in own + derived if t is not None]
 
     def __repr__(self) -> str:
@@ -186,8 +177,7 @@ class PackedWeight:
             return {name: t.to(device) if isinstance(t, Tensor) else t for name, t in fields.items()}
 
         sliced = None if self.sliced is None else SlicedLayout(**moved(vars(self.sliced)))
-        derived = dict.fromkeys(("lanes", "fragments", "gather", "compressed"))
-        return _with_device_layout(PackedWeight(**moved({**vars(self), "sliced": sliced, **derived})))
+        return _with_layouts(PackedWeight(**moved({**vars(self), "sliced": sliced, "layouts": None})))
 
     def index_select(self, dim: int, index: Tensor) -> PackedWeight:
         """Some rows (``dim`` 0) or columns (1): what unpacks to ``unpack().index_select(dim, index)``, bit for bit.
@@ -259,18 +249,12 @@ class PackedWeight:
             self._validate_groups()
         if self.format == "sliced":
             self._validate_sliced()
-        if self.lanes is not None:
-            self._validate_derived(
-                "lanes.", vars(self.lanes), vars(to_lanes(self, self.lanes.splits, self.lanes.blocks))
-            )
-        if self.gather is not None:
-            rebuilt = to_gather(self, (self.gather.shares, self.gather.blocks, self.gather.warps))
-            self._validate_derived("gather.", vars(self.gather), vars(rebuilt))
-        if self.fragments is not None:
-            self._validate_derived("", {"fragments": self.fragments}, {"fragments": to_fragments(self)})
-        if self.compressed is not None:  # its bytes are the library's, and some of them nobody's
-            anew = to_compressed(self)
-            _expect_tensor("compressed", self.compressed, anew.dtype, list(anew.shape))
+        if self.layouts is not None:
+            held, rebuilt = self.layouts.parts, self.layouts.anew(self).parts
+            if "compressed" in held:  # its bytes are the library's, and some of them nobody's
+                expected = rebuilt.pop("compressed")
+                _expect_tensor("compressed", held["compressed"], expected.dtype, list(expected.shape))
+            self._validate_derived("", held, rebuilt)
         return self
 
     def _validate_compact(self) -> None:
@@ -386,7 +370,7 @@ def pack(
     row_offsets = torch.zeros(N + 1, dtype=torch.int64, device=weight.device)
     torch.cumsum(count_bits(bitmask), 0, out=row_offsets[1:])
     sliced = _slice(stored, bitmask, row_offsets, K) if format == "sliced" else None
-    return _with_device_layout(
+    return _with_layouts(
         PackedWeight(format, (N, K), stored, bitmask, row_offsets, pattern=pattern, sliced=sliced, scales=scales)
     )
 
@@ -444,11 +428,11 @@ def from_portable(
     packed = PackedWeight("bitmap", (N, K), values, bitmask, row_offsets, scales=scales)
     packed.validate()  # before any of it is used
     if format == "nm":
-        return _with_device_layout(dataclasses.replace(packed, format=format, pattern=pattern).validate())
+        return _with_layouts(dataclasses.replace(packed, format=format, pattern=pattern).validate())
     if format == "sliced":
         sliced = _slice(values, bitmask, row_offsets, K)
-        return _with_device_layout(dataclasses.replace(packed, format=format, sliced=sliced))
-    return _with_device_layout(packed)
+        return _with_layouts(dataclasses.replace(packed, format=format, sliced=sliced))
+    return _with_layouts(packed)
 
 
 def from_dense(values: Tensor, scales: Tensor) -> PackedWeight:
@@ -546,22 +530,8 @@ def _slice(values: Tensor, bitmask: Tensor, row_offsets: Tensor, K: int) -> Slic
     return SlicedLayout(*(t.to(device) for t in (sliced_values, steps, offsets, order)))
 
 
-def device_layouts(lanes: LaneStream | None, gather: GatherLayout | None) -> dict[str, Any]:
-    """What bitmap_linear and sliced_linear take for the CUDA kernels, by the names of their schemas."""
-    arguments: dict[str, Any] = {}
-    if lanes is not None:
-        arguments.update(lanes=lanes.tensors, plan=lanes.plan)
-    if gather is not None:
-        arguments.update(gather=gather.tensors, gather_plan=gather.plan)
-    return arguments
-
-
-def _with_device_layout(packed: PackedWeight) -> PackedWeight:
-    """The weight with the layout that its device's kernel takes, if there is one."""
-    return dataclasses.replace(
-        packed, lanes=derive_lanes(packed), fragments=derive_fragments(packed), gather=derive_gather(packed),
-        compressed=derive_compressed(packed),
-    )  # fmt: skip
+def _with_layouts(packed: PackedWeight) -> PackedWeight:
+    return dataclasses.replace(packed, layouts=DeviceLayouts.derive(packed))
 
 
 def _as_integers(t: Tensor) -> Tensor:

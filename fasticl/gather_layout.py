@@ -22,7 +22,6 @@ computed: K = 4096 at density 0.2 3.1 bytes a value in all, at 0.1 3.4; K = 1433
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -128,24 +127,11 @@ def to_gather(
     return GatherLayout(records.view(-1, LANES, 4), starts.int(), row_order.int(), shares, blocks, warps)
 
 
-def derive_gather(packed: PackedWeight) -> GatherLayout | None:
-    """The layout for the kernel on the weight's own device, or None where none takes it.
-
-    Taken are bitmap and sliced weights of bfloat16 or float16 whose density is below ``MAX_DENSITY``, on a CUDA device
-    of compute capability 8.0 or newer, with ``fasticl._C_cuda`` built; unless they are too large.
-    """
-    if packed.device.type != "cuda" or packed.format not in ("bitmap", "sliced") or packed.values.dtype not in DTYPES:
-        return None
-    if packed.density >= MAX_DENSITY or int(packed.keep.sum()) != packed.values.numel():
-        return None  # or memory that is yet to be filled (nn.Module.to_empty)
-    properties = torch.cuda.get_device_properties(packed.device)
-    if properties.major < 8 or importlib.util.find_spec("fasticl._C_cuda") is None:
-        return None
-    shared_bytes = getattr(properties, "shared_memory_per_block_optin", 99 << 10)  # at least, from 8.0 on
+def takes(packed: PackedWeight, shared_bytes: int) -> bool:
+    """Whether the kernel is the one for a bitmap or sliced weight: of density below ``MAX_DENSITY``, not too large."""
     N, eights = packed.shape[0], -(-packed.shape[1] // CLASSES)
-    if N * eights >= MAX_EIGHTS or eights > MAX_SHARES * (shared_bytes // EIGHT_BYTES):
-        return None
-    return to_gather(packed, multiprocessors=properties.multi_processor_count, shared_bytes=shared_bytes)
+    fits = N * eights < MAX_EIGHTS and eights <= MAX_SHARES * (shared_bytes // EIGHT_BYTES)
+    return fits and packed.density < MAX_DENSITY
 
 
 def from_gather(layout: GatherLayout, N: int, K: int, dtype: torch.dtype) -> Tensor:

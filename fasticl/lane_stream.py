@@ -22,7 +22,6 @@ together.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -129,23 +128,6 @@ def to_lanes(
         _fill(values[rows], elements, masks[some], counts[some], starts[some] - 2 * rows.start)
     depth = next(depth for depth in DEPTHS if depth == DEPTHS[-1] or _fits(advance, splits, depth))
     return LaneStream(values, masks, first_rows.int(), row_order.int(), splits, blocks, depth)
-
-
-def derive_lanes(packed: PackedWeight) -> LaneStream | None:
-    """The layout for the kernel on the weight's own device, or None where none takes it.
-
-    Taken are bitmap weights of bfloat16 or float16 on a CUDA device of compute capability 8.0 or newer, with
-    ``fasticl._C_cuda`` built.
-    """
-    if packed.device.type != "cuda" or packed.format != "bitmap" or packed.values.dtype not in DTYPES:
-        return None
-    if int(packed.keep.sum()) != packed.values.numel():
-        return None  # memory that is yet to be filled (nn.Module.to_empty)
-    properties = torch.cuda.get_device_properties(packed.device)
-    if properties.major < 8 or importlib.util.find_spec("fasticl._C_cuda") is None:
-        return None
-    shared_bytes = getattr(properties, "shared_memory_per_block_optin", 99 << 10)  # at least, from 8.0 on
-    return to_lanes(packed, multiprocessors=properties.multi_processor_count, shared_bytes=shared_bytes)
 
 
 def from_lanes(lanes: LaneStream, N: int, K: int, dtype: torch.dtype) -> Tensor:

@@ -10,14 +10,11 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from fasticl import formats, ops
-from fasticl.cusparselt import derive_compressed
+from fasticl.device_layouts import DeviceLayouts
 from fasticl.formats import PackedWeight, SlicedLayout
-from fasticl.gather_layout import GatherLayout, derive_gather
 from fasticl.icl.model import FusedICLTransformer, ICLTransformer
-from fasticl.lane_stream import LaneStream, derive_lanes
 from fasticl.layers import is_linear
 from fasticl.ops._registry import apply_activation, check_activation, needs_grad
-from fasticl.sparse_fragments import derive_fragments
 
 __all__ = ["FusedICLTransformer", "ICLTransformer", "SparseLinear", "SparseMLP"]
 
@@ -99,10 +96,7 @@ class SparseLinear(nn.Module):
     rows: Tensor | None
     columns: Tensor | None
     bias: nn.Parameter | None
-    _lanes: LaneStream | None
-    _fragments: Tensor | None
-    _gather: GatherLayout | None
-    _compressed: Tensor | None
+    _layouts: DeviceLayouts | None
 
     def __init__(self, packed: PackedWeight, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -144,8 +138,7 @@ class SparseLinear(nn.Module):
         layout = (None,) * len(_DERIVED) if packed.sliced is None else packed.sliced.tensors
         for name, tensor in zip(_DERIVED, layout, strict=True):
             self.register_buffer(name, tensor, persistent=False)
-        self._lanes, self._fragments, self._gather = packed.lanes, packed.fragments, packed.gather
-        self._compressed = packed.compressed
+        self._layouts = packed.layouts
 
     @property
     def packed(self) -> PackedWeight:
@@ -155,21 +148,15 @@ class SparseLinear(nn.Module):
             sliced = SlicedLayout(*(getattr(self, name) for name in _DERIVED))
         return PackedWeight(
             self.format, (self.out_features, self.in_features), self.values, self.bitmask, self.row_offsets,
-            self.pattern, self.rows, self.columns, sliced, self._lanes, self.scales,
-            self._fragments, self._gather, self._compressed,
+            self.pattern, self.rows, self.columns, sliced, self.scales, self._layouts,
         )  # fmt: skip
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
         """Moves or casts the tensors, and derives the CUDA kernels' layouts from them anew where they then are."""
-        self._lanes = self._fragments = self._gather = self._compressed = None
+        self._layouts = None
         super()._apply(fn, recurse)
-        portable = self.packed
-        self._lanes, self._fragments = derive_lanes(portable), derive_fragments(portable)
-        self._gather, self._compressed = derive_gather(portable), derive_compressed(portable)
+        self._layouts = DeviceLayouts.derive(self.packed)
         return self
-
-    def _device_layouts(self) -> tuple[object, ...]:
-        return self._lanes, self._fragments, self._gather, self._compressed
 
     def to_dense(self) -> nn.Linear:
         """An ``nn.Linear`` with the same weight, zeros included, and bias."""
@@ -187,11 +174,8 @@ class SparseLinear(nn.Module):
         if _fits(x, self.in_features, typed, bias) and not needs_grad(x, bias):
             if scales is not None:
                 return _OPS[self.format](x, *operands, bias, None, scales=scales)
-            if self._lanes is not None or self._gather is not None:
-                layouts = formats.device_layouts(self._lanes, self._gather)
-                return _OPS[self.format](x, *operands, bias, None, **layouts)
-            if self._fragments is not None or self._compressed is not None:
-                return _OPS[self.format](x, *operands, bias, None, None, self._fragments, self._compressed)
+            if self._layouts is not None:
+                return _OPS[self.format](x, *operands, bias, None, **self._layouts.arguments)
             return _OPS[self.format](x, *operands, bias, None)
         return _CHECKED[self.format](x, self.packed, bias)
 
@@ -255,7 +239,7 @@ def _computes_itself(part: nn.Module) -> bool:
     and a weight that has the layout of a CUDA C++ kernel, which fused_mlp has not."""
     if not isinstance(part, (nn.Linear, SparseLinear)) or "forward" in part.__dict__:
         return True
-    return isinstance(part, SparseLinear) and any(layout is not None for layout in part._device_layouts())
+    return isinstance(part, SparseLinear) and part._layouts is not None
 
 
 class SparseMLP(nn.Module):

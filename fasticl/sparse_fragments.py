@@ -17,7 +17,6 @@ stores is kept bit for bit: -0.0, NaN with its payload, and the zeros of groups 
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 from functools import cache
 from typing import TYPE_CHECKING
@@ -71,19 +70,6 @@ def to_fragments(packed: PackedWeight) -> Tensor:
     # A byte for each eight columns: [strip, half, g, chunk, t, byte]
     words.copy_(metadata.view(strips, 2, 8, chunks, 4, 2).permute(0, 3, 2, 4, 1, 5))
     return fragments
-
-
-def derive_fragments(packed: PackedWeight) -> Tensor | None:
-    """The layout for the kernel on the weight's own device, or None where none takes it.
-
-    Taken are 2:4 weights of bfloat16 or float16 on a CUDA device of compute capability 8.0 or newer, with
-    ``fasticl._C_cuda`` built.
-    """
-    if packed.device.type != "cuda" or packed.pattern != PATTERN or packed.values.dtype not in DTYPES:
-        return None
-    if importlib.util.find_spec("fasticl._C_cuda") is None or torch.cuda.get_device_capability(packed.device) < (8, 0):
-        return None
-    return to_fragments(packed)
 
 
 def from_fragments(fragments: Tensor, N: int, K: int, dtype: torch.dtype) -> Tensor:

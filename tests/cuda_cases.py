@@ -23,7 +23,6 @@ from torch import Tensor
 
 import fasticl
 from fasticl import PackedWeight
-from fasticl.formats import device_layouts
 from fasticl.ops import _registry as registry
 from fasticl.testing import cuda_on_cpu
 
@@ -220,9 +219,8 @@ def arguments(
     """What the op's implementations take, with the layouts that the weight has."""
     sliced = () if packed.sliced is None else vars(packed.sliced).values()
     portable = (packed.values, packed.bitmask, *(() if packed.format == "nm" else (packed.row_offsets,)), *sliced)
-    options = device_layouts(packed.lanes, packed.gather)
-    options.update({name: t for name in ("fragments", "scales") if (t := getattr(packed, name)) is not None})
-    return (x, *portable, bias, activation), options
+    layouts = {} if packed.layouts is None else packed.layouts.arguments
+    return (x, *portable, bias, activation), {"scales": packed.scales, **layouts}
 
 
 class Op:
@@ -308,7 +306,7 @@ class OpCases:
         weight = self.weight()
         x, packed = torch.randn(2, 3, weight.shape[1]).bfloat16(), self.packed(op, weight)[0].validate()
         torch.library.opcheck(getattr(torch.ops.fasticl, op.name).default, *arguments(x, packed, None, "relu"))
-        without, call = replace(packed, lanes=None, fragments=None, gather=None), getattr(fasticl.ops, op.name)
+        without, call = replace(packed, layouts=None), getattr(fasticl.ops, op.name)
         assert torch.equal(call(x, packed, None, "relu"), call(x, without, None, "relu"))
 
 

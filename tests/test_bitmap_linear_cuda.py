@@ -17,6 +17,7 @@ from torch import Tensor
 
 import fasticl
 from fasticl import PackedWeight, lane_stream
+from fasticl.device_layouts import DeviceLayouts
 from fasticl.lane_stream import LaneStream, to_lanes
 from fasticl.ops import _linear
 
@@ -207,19 +208,19 @@ class TestOp(OpCases):
 
     def packed(self, op: Op, weight: Tensor) -> list[PackedWeight]:
         packed = fasticl.pack(weight, "bitmap")
-        return [replace(packed, lanes=to_lanes(packed, *plan)) for plan in ((None, 1), (4, 2))]
+        return [replace(packed, layouts=DeviceLayouts(to_lanes(packed, *plan))) for plan in ((None, 1), (4, 2))]
 
 
 def test_the_op_refuses_a_layout_by_name(op: Op) -> None:
     packed = fasticl.pack(pruned(20, 70, 0.5), "bitmap")
     with pytest.raises(ValueError, match=r"bitmap_linear: masks: expected shape \[2, 3, 32\], got \[2, 2, 32\]"):
-        op(torch.randn(1, 140).bfloat16(), replace(packed, lanes=to_lanes(packed)))
+        op(torch.randn(1, 140).bfloat16(), replace(packed, layouts=DeviceLayouts(to_lanes(packed))))
 
 
 def test_the_op_leaves_to_others_what_the_kernel_does_not_take(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
     """More tokens than it pays for to PyTorch in x's dtype, weights without the layout to Triton."""
     packed, x = fasticl.pack(pruned(20, 70, 0.5), "bitmap"), torch.randn(257, 70).bfloat16()
-    held = replace(packed, lanes=to_lanes(packed))
+    held = replace(packed, layouts=DeviceLayouts(to_lanes(packed)))
     expected = fasticl.ops.bitmap_linear(x, packed)
     monkeypatch.setattr(_linear, "reference_linear", None)  # in float32
     torch.testing.assert_close(op(x, held), expected)
@@ -237,4 +238,4 @@ def test_the_op_leaves_to_others_what_the_kernel_does_not_take(op: Op, monkeypat
 def test_on_a_gpu_the_module_runs_the_kernel() -> None:
     """And blocks share its strips."""
     packed = module_on_a_gpu(fasticl.pack(pruned(48, 8192, 0.5, torch.float16), "bitmap"))
-    assert packed.lanes.blocks > 1
+    assert packed.layouts.lanes.blocks > 1

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import fasticl
 from fasticl import tuned
+from fasticl.device_layouts import DeviceLayouts
 from fasticl.lane_stream import LaneStream, to_lanes
 
 ops = importlib.import_module("fasticl.ops.bitmap_linear")
@@ -133,7 +134,7 @@ def test_a_workspace_is_asked_for_where_blocks_share_k(kernels: Kernels) -> None
 def test_tokens_and_the_table_choose_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which has a workspace of its own; and on a GPU that is no Hopper mma.sync stays."""
     op, packed = Op("bitmap_linear", monkeypatch), fasticl.pack(pruned(20, 700, 0.5), "bitmap")
-    weight, held = packed.unpack(), replace(packed, lanes=to_lanes(packed, 4, 2))
+    weight, held = packed.unpack(), replace(packed, layouts=DeviceLayouts(to_lanes(packed, 4, 2)))
 
     def kernel(M: int) -> str:
         x = torch.randn(M, 700).bfloat16()

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_cases import arguments
 from helpers import assert_close_to_truth
 from linear_cases import ACTIVATIONS, dense, double
 from test_nm_linear_cuda import pruned
@@ -22,6 +23,7 @@ import fasticl
 from fasticl import PackedWeight, cusparselt, tune, tuned
 from fasticl.convert import _implementations_text
 from fasticl.cusparselt import derive_compressed, to_compressed
+from fasticl.device_layouts import DeviceLayouts
 from fasticl.sparse_fragments import to_fragments
 
 DTYPES = cusparselt.DTYPES
@@ -110,16 +112,14 @@ def packed_of(weight: Tensor, device: str = "cpu") -> PackedWeight:
     """With the library's layout, as on a GPU whose table names it."""
     with tuned.forced("nm_linear", ON):
         packed = fasticl.pack(weight.to(device), "nm", pattern="2:4")
-    assert packed.compressed is not None
+    assert packed.layouts.compressed is not None
     return packed
 
 
 def op(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
     """What the dispatcher calls for CUDA tensors."""
-    function = importlib.import_module("fasticl.ops.nm_linear").cuda
-    return function(
-        x, packed.values, packed.bitmask, bias, activation, packed.scales, packed.fragments, packed.compressed
-    )
+    operands, options = arguments(x, packed, bias, activation)
+    return importlib.import_module("fasticl.ops.nm_linear").cuda(*operands, **options)
 
 
 def assert_as_dense(
@@ -208,7 +208,7 @@ def test_it_computes_where_the_table_says_so_and_nowhere_else(library: Double, m
     module, by_triton = importlib.import_module("fasticl.ops.nm_linear"), []
     monkeypatch.setattr(module, "_triton", lambda x, *rest: by_triton.append(x) or x)
     packed, x = packed_of(pruned(32, 64)), torch.randn(65, 64).bfloat16()
-    without = dataclasses.replace(packed, compressed=None)
+    without = dataclasses.replace(packed, layouts=None)
     for config, weight, computes in (
         (ON, packed, True),
         (ON, without, False),
@@ -250,8 +250,7 @@ def test_the_op_refuses_by_name(library: Double) -> None:
 
 def test_the_schema_takes_the_layout(library: Double) -> None:
     packed, x = packed_of(pruned(32, 64)), torch.randn(2, 3, 64).bfloat16()
-    arguments = (x, packed.values, packed.bitmask, None, "relu", None, None, packed.compressed)
-    torch.library.opcheck(torch.ops.fasticl.nm_linear.default, arguments)
+    torch.library.opcheck(torch.ops.fasticl.nm_linear.default, *arguments(x, packed, None, "relu"))
 
 
 # ---- which weights have the layout ----------------------------------------------------------------------------------
@@ -270,13 +269,13 @@ def test_a_weight_has_it_where_the_table_names_it_for_some_tokens(
         return table.get(tuned.bucket(op, N, K, M, x.dtype, density), {})
 
     monkeypatch.setattr(tuned, "lookup", measured)
-    assert fasticl.pack(pruned(32, 64), "nm", pattern="2:4").compressed is not None
-    assert fasticl.pack(pruned(32, 80), "nm", pattern="2:4").compressed is None  # another bucket
+    assert fasticl.pack(pruned(32, 64), "nm", pattern="2:4").layouts is not None
+    assert fasticl.pack(pruned(32, 80), "nm", pattern="2:4").layouts is None  # another bucket
 
 
 def test_what_it_does_not_take_has_none(library: Double, monkeypatch: pytest.MonkeyPatch) -> None:
-    def derived(weight: Tensor, pattern: str = "2:4", **options: Any) -> Tensor | None:
-        return fasticl.pack(weight, "nm", pattern=pattern, **options).compressed
+    def derived(weight: Tensor, pattern: str = "2:4", **options: Any) -> DeviceLayouts | None:
+        return fasticl.pack(weight, "nm", pattern=pattern, **options).layouts
 
     weight = pruned(32, 64)
     assert derived(weight) is None  # no table
@@ -285,7 +284,7 @@ def test_what_it_does_not_take_has_none(library: Double, monkeypatch: pytest.Mon
         assert derived(weight.float()) is None
         assert derived(weight, "4:8") is None
         assert derived(weight, values="int8") is None
-        assert fasticl.pack(weight, "bitmap").compressed is None
+        assert fasticl.pack(weight, "bitmap").layouts is None
         for N, K in ((33, 64), (32, 72), (0, 64), (32, 0)):
             assert derived(pruned(N, K)) is None
         monkeypatch.setattr(cusparselt, "runs_on", lambda device: False)
@@ -306,11 +305,11 @@ def test_errors_name_expected_and_got() -> None:
 
 def test_a_packed_weight_counts_and_checks_it(library: Double) -> None:
     packed = packed_of(pruned(32, 64)).validate()
-    plain = dataclasses.replace(packed, compressed=None)
+    plain = dataclasses.replace(packed, layouts=None)
     assert packed.bytes == plain.bytes + 32 * 64 * 2 * 9 // 16
     assert packed.bytes_read == plain.bytes_read
-    assert packed.to("cpu").compressed is None  # derived anew, and no table says so
-    wrong = dataclasses.replace(packed, compressed=packed_of(pruned(32, 80)).compressed)
+    assert packed.to("cpu").layouts is None  # derived anew, and no table says so
+    wrong = dataclasses.replace(packed, layouts=packed_of(pruned(32, 80)).layouts)
     with pytest.raises(ValueError, match=r"compressed: expected torch\.bfloat16 \[32, 36\], got .* \[32, 45\]"):
         wrong.validate()
 
@@ -323,17 +322,17 @@ def test_a_module_hands_it_to_the_op(library: Double, monkeypatch: pytest.Monkey
     monkeypatch.setitem(nn._OPS, "nm", importlib.import_module("fasticl.ops.nm_linear").cuda)
     with tuned.forced("nm_linear", ON):
         y = layer(x)
-        assert layer.half()._compressed.dtype == torch.float16
-        assert "_compressed" not in layer.state_dict()
+        assert layer.half()._layouts.compressed.dtype == torch.float16
+        assert "_layouts" not in layer.state_dict()
     assert library.products == 1
     torch.testing.assert_close(y, fasticl.ops.nm_linear(x, packed, bias))
-    assert layer.bfloat16()._compressed is None
+    assert layer.bfloat16()._layouts is None
 
 
 def test_explain_names_it(library: Double) -> None:
     layer = fasticl.nn.SparseLinear(packed_of(pruned(32, 64)))
     assert _implementations_text(layer, (1, 128)) == "; Triton at 1 / 128"
-    layer._fragments = to_fragments(layer.packed)
+    layer._layouts = dataclasses.replace(layer._layouts, fragments=to_fragments(layer.packed))
     with tuned.forced("nm_linear", ON):
         assert _implementations_text(layer, (1, 128)) == "; cuSPARSELt at 1 / 128"
     assert _implementations_text(layer, (1, 128)) == "; CUDA C++ at 1; Triton at 128"

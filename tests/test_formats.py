@@ -17,6 +17,7 @@ from torch import Tensor
 import fasticl
 from fasticl import PackedWeight, pack
 from fasticl.bits import count_bits, expand_bits, pack_bits, true_positions
+from fasticl.device_layouts import DeviceLayouts
 from fasticl.formats import DTYPES, FORMATS, PATTERNS, SLICED_MAX_K, from_portable
 
 BITS = {
@@ -81,15 +82,16 @@ def layout_weights(dtype: torch.dtype) -> Iterator[Tensor]:
 
 def assert_validate_compares(packed: PackedWeight, name: str, layout: Any) -> None:
     """What the layout ``name`` holds with what the weight gives; and its bytes are counted."""
-    held = dataclasses.replace(packed, **{name: layout}).validate()
+    held = dataclasses.replace(packed, layouts=DeviceLayouts(**{name: layout})).validate()
     assert held.bytes == packed.bytes + held.bytes_read
     assert held.bytes_read == sum(t.nbytes for t in layout.tensors)
     for field, t in vars(layout).items():
         if isinstance(t, Tensor):
             wrong = t.clone()
             wrong.view(-1)[0] += 1
+            layouts = DeviceLayouts(**{name: dataclasses.replace(layout, **{field: wrong})})
             with pytest.raises(ValueError, match=rf"{name}\.{field}: expected what the portable form gives"):
-                dataclasses.replace(packed, **{name: dataclasses.replace(layout, **{field: wrong})}).validate()
+                dataclasses.replace(packed, layouts=layouts).validate()
 
 
 @pytest.mark.parametrize("K", [0, 1, 8, 13])

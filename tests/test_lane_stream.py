@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fasticl
 from fasticl import lane_stream
+from fasticl.device_layouts import DeviceLayouts
 from fasticl.lane_stream import LaneStream, from_lanes, to_lanes
 
 DTYPES = lane_stream.DTYPES
@@ -187,4 +188,4 @@ def test_validate_sees_a_layout_that_is_not_the_weights() -> None:
     lanes = to_lanes(packed)
     assert_validate_compares(packed, "lanes", lanes)
     with pytest.raises(ValueError, match=r"lanes\.depth: expected 8, got 4"):
-        dataclasses.replace(packed, lanes=dataclasses.replace(lanes, depth=4)).validate()
+        dataclasses.replace(packed, layouts=DeviceLayouts(dataclasses.replace(lanes, depth=4))).validate()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import fasticl
 from fasticl import PackedWeight, sparse_fragments
+from fasticl.device_layouts import DeviceLayouts
 from fasticl.sparse_fragments import to_fragments
 
 # (N, K), splits, and why
@@ -41,7 +42,7 @@ def pruned(N: int, K: int, dtype: torch.dtype = torch.bfloat16, density: float |
 def packed_of(weight: Tensor) -> PackedWeight:
     """With the layout."""
     packed = fasticl.pack(weight, "nm", pattern="2:4")
-    return replace(packed, fragments=to_fragments(packed))
+    return replace(packed, layouts=DeviceLayouts(fragments=to_fragments(packed)))
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def test_the_op_leaves_to_others_what_the_kernel_does_not_take(op: Op, monkeypat
     """More tokens and weights without the layout to Triton, int8 values to the reference."""
     packed, expected, seen = packed_of(pruned(20, 72)), torch.zeros(0), []
     monkeypatch.setattr(op.module, "_triton", lambda *arguments: seen.append(arguments) or expected)
-    for x, held in ((torch.zeros(5, 13, 72), packed), (torch.zeros(64, 72), replace(packed, fragments=None))):
+    for x, held in ((torch.zeros(5, 13, 72), packed), (torch.zeros(64, 72), replace(packed, layouts=None))):
         x = x.bfloat16()
         assert op(x, held, None, "relu") is expected
         assert all(a is b for a, b in zip(seen.pop(), (x, packed.values, packed.bitmask, None, "relu"), strict=True))
@@ -191,14 +192,14 @@ def test_a_module_hands_the_layout_to_the_op(op: Op, monkeypatch: pytest.MonkeyP
 
     packed = packed_of(pruned(20, 72))
     layer = nn.SparseLinear(packed, torch.randn(20).bfloat16())
-    assert layer.packed.validate().fragments is not None
+    assert layer.packed.validate().layouts is packed.layouts
     monkeypatch.setitem(nn._OPS, "nm", op.module.cuda)
     x = torch.randn(3, 72).bfloat16()
     torch.testing.assert_close(layer(x), fasticl.ops.nm_linear(x, packed, layer.bias))
-    assert layer.half().packed.fragments is None  # derived anew where the tensors are: on the CPU there is none
+    assert layer.half().packed.layouts is None  # derived anew where the tensors are: on the CPU there is none
 
 
 @ON_GPU
 def test_on_a_gpu_the_module_runs_the_kernel() -> None:
     packed = module_on_a_gpu(fasticl.pack(pruned(48, 200, torch.float16), "nm", pattern="2:4"))
-    assert packed.fragments is not None
+    assert packed.layouts.fragments is not None

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import fasticl
+from fasticl.device_layouts import DeviceLayouts
 from fasticl.lane_stream import to_lanes
 from fasticl.nn import SparseLinear, SparseMLP, dense_weight
 
@@ -709,7 +710,7 @@ def test_parts_with_a_kernels_layout_run_it(gated: bool, monkeypatch: pytest.Mon
     x = torch.randn(3, 32).bfloat16()
     assert_same_mlp(sparse, dense, x)
     assert not called
-    sparse.down._lanes = to_lanes(sparse.down.packed)
+    sparse.down._layouts = DeviceLayouts(to_lanes(sparse.down.packed))
     assert_same_mlp(sparse, dense, x)
     assert len(called) == 2 + gated
 

@@ -18,8 +18,9 @@ from torch import Tensor
 
 import fasticl
 from fasticl import PackedWeight, gather_layout, tuned
-from fasticl.gather_layout import GatherLayout, derive_gather, to_gather
-from fasticl.lane_stream import derive_lanes, to_lanes
+from fasticl.device_layouts import DeviceLayouts
+from fasticl.gather_layout import GatherLayout, to_gather
+from fasticl.lane_stream import to_lanes
 
 # (N, K), plan, and why
 SHAPES = {
@@ -160,7 +161,7 @@ def pack(op: Op, weight: Tensor, plan: tuple[int, int, int] | None = None) -> Pa
     """With every layout that a GPU's weight has."""
     packed = fasticl.pack(weight, op.name.removesuffix("_linear"))
     lanes = to_lanes(packed) if packed.format == "bitmap" else None
-    return replace(packed, lanes=lanes, gather=to_gather(packed, plan))
+    return replace(packed, layouts=DeviceLayouts(lanes, to_gather(packed, plan)))
 
 
 class TestOps(OpCases):
@@ -192,7 +193,7 @@ def test_a_sliced_weight_under_bitmap_linear_gathers_too(monkeypatch: pytest.Mon
     """Of the layouts it has only these lists: for more tokens Triton computes."""
     op, weight = Op("bitmap_linear", monkeypatch), pruned(10, 400, 0.1)
     packed = fasticl.pack(weight, "sliced")
-    packed = replace(packed, sliced=None, gather=to_gather(packed))  # what this op takes of it
+    packed = replace(packed, sliced=None, layouts=DeviceLayouts(gather=to_gather(packed)))  # what this op takes of it
     for M, runs in ((2, "gather"), (9, "Triton")):
         x = torch.randn(M, 400).bfloat16()
         y = op(x, packed)
@@ -214,8 +215,9 @@ def test_a_table_has_the_last_word(op: Op) -> None:
 
 def test_the_ops_refuse_a_layout_by_name(op: Op) -> None:
     packed = pack(op, pruned(20, 70, 0.1), (2, 1, 1))
+    layouts = DeviceLayouts(gather=replace(packed.layouts.gather, shares=1))
     with pytest.raises(ValueError, match=rf"{op.name}: starts: expected shape \[6\], got \[11\]"):
-        op(torch.randn(1, 70).bfloat16(), replace(packed, gather=replace(packed.gather, shares=1)))
+        op(torch.randn(1, 70).bfloat16(), replace(packed, layouts=layouts))
 
 
 def test_a_layer_hands_its_layouts_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,26 +227,28 @@ def test_a_layer_hands_its_layouts_on(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 100).bfloat16()
     for name in ("bitmap", "sliced"):
         packed = fasticl.pack(pruned(20, 100, 0.2), name)
-        layer = nn.SparseLinear(replace(packed, gather=to_gather(packed)))
-        assert layer.packed.gather is layer._gather is not None
+        gather = to_gather(packed)
+        layer = nn.SparseLinear(replace(packed, layouts=DeviceLayouts(gather=gather)))
+        assert layer.packed.layouts.gather is gather
         seen: dict[str, object] = {}
         monkeypatch.setitem(nn._OPS, name, lambda *arguments, seen=seen, **layouts: seen.update(layouts))
         layer(x)
-        assert seen == {"gather": layer._gather.tensors, "gather_plan": layer._gather.plan}
-        assert layer.to(torch.float16)._gather is None  # derived anew, which on the CPU is not at all
+        assert seen == {"gather": gather.tensors, "gather_plan": gather.plan}
+        assert layer.to(torch.float16)._layouts is None  # derived anew, which on the CPU is not at all
 
 
 @pytest.mark.parametrize(
-    ("format", "density", "lanes", "gather"),
+    ("format", "density", "names"),
     [
-        ("bitmap", 0.2, True, True),
-        ("bitmap", 0.3, True, False),
-        ("sliced", 0.2, False, True),
-        ("nm", 0.5, False, False),
+        ("bitmap", 0.2, ["lanes", "gather"]),
+        ("bitmap", 0.3, ["lanes"]),
+        ("sliced", 0.2, ["gather"]),
+        ("nm", 0.5, ["fragments"]),
+        ("compact", 0.5, []),
     ],
 )
 def test_which_weights_of_a_gpu_have_which_layouts(
-    format: str, density: float, lanes: bool, gather: bool, monkeypatch: pytest.MonkeyPatch
+    format: str, density: float, names: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Told by a CPU weight that says it is on a GPU of 100 KiB shared memory."""
     weight = pruned(20, 100, density) if format != "nm" else torch.ones(20, 100).half() * (torch.arange(100) % 2)
@@ -253,10 +257,11 @@ def test_which_weights_of_a_gpu_have_which_layouts(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(fasticl.PackedWeight, "device", property(lambda self: torch.device("cuda")))
-    for module, derive, expected in (("lane_stream", derive_lanes, lanes), ("gather_layout", derive_gather, gather)):
-        make = {"lane_stream": "to_lanes", "gather_layout": "to_gather"}[module]
-        monkeypatch.setattr(f"fasticl.{module}.{make}", lambda packed, **options: options)
-        assert derive(packed) == ({"multiprocessors": 3, "shared_bytes": 100 << 10} if expected else None)
+    for name in ("lanes", "gather", "fragments"):
+        monkeypatch.setattr(f"fasticl.device_layouts.to_{name}", lambda packed, **options: options)
+    gpu = {"multiprocessors": 3, "shared_bytes": 100 << 10}
+    expected = {name: {} if name == "fragments" else gpu for name in names}
+    assert DeviceLayouts.derive(packed) == (DeviceLayouts(**expected) if names else None)
 
 
 @ON_GPU
@@ -264,4 +269,4 @@ def test_which_weights_of_a_gpu_have_which_layouts(
 def test_on_a_gpu_the_module_runs_the_kernel(format: str) -> None:
     """And blocks share its rows."""
     packed = module_on_a_gpu(fasticl.pack(pruned(48, 8192, 0.1, torch.float16), format))
-    assert packed.gather.shares > 1
+    assert packed.layouts.gather.shares > 1

@@ -14,7 +14,8 @@ from torch import Tensor
 
 import fasticl
 from fasticl import sparse_fragments
-from fasticl.sparse_fragments import derive_fragments, from_fragments, to_fragments
+from fasticl.device_layouts import DeviceLayouts
+from fasticl.sparse_fragments import from_fragments, to_fragments
 
 DTYPES = sparse_fragments.DTYPES
 SHAPES = [(1, 4), (16, 64), (33, 76), (32, 128), (5, 200), (40, 700), (0, 8), (5, 0)]
@@ -115,14 +116,13 @@ def test_errors_name_expected_and_got() -> None:
 def test_what_is_derived(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU nothing; a packed weight that has the layout counts its bytes and sees whether it is its own."""
     packed = fasticl.pack(torch.randn(20, 100).half().masked_fill(~two_of_four(20, 100), 0.0), "nm", pattern="2:4")
-    assert derive_fragments(packed) is None
-    assert packed.fragments is None
+    assert packed.layouts is None
     fragments = to_fragments(packed)
-    held = dataclasses.replace(packed, fragments=fragments).validate()
+    held = dataclasses.replace(packed, layouts=DeviceLayouts(fragments=fragments)).validate()
     assert held.bytes_read == fragments.nbytes
     assert held.bytes == packed.bytes + fragments.nbytes
     wrong = fragments.clone()
     wrong[0, 0, 0] += 1
     with pytest.raises(ValueError, match="fragments: expected what the portable form gives"):
-        dataclasses.replace(packed, fragments=wrong).validate()
-    assert held.to("cpu").fragments is None
+        dataclasses.replace(packed, layouts=DeviceLayouts(fragments=wrong)).validate()
+    assert held.to("cpu").layouts is None

@@ -18,6 +18,7 @@ import fasticl
 from fasticl import tune, tuned
 from fasticl.cli import app
 from fasticl.convert import _implementations_text
+from fasticl.device_layouts import DeviceLayouts
 from fasticl.gather_layout import to_gather
 from fasticl.lane_stream import to_lanes
 from fasticl.ops.bitmap_linear import implementation
@@ -188,7 +189,7 @@ def test_explain_says_which_implementation_runs() -> None:
     linear.weight.data[torch.rand(48, 64) < 0.5] = 0
     layer = fasticl.nn.SparseLinear.from_linear(linear, "bitmap")
     assert _implementations_text(layer, (1, 16)) == ""  # on the CPU
-    layer._lanes = to_lanes(layer.packed)
+    layer._layouts = DeviceLayouts(to_lanes(layer.packed))
     assert _implementations_text(layer, (1, 16, 512)) == "; CUDA C++ at 1 / 16; PyTorch at 512"
     with tuned.forced("bitmap_linear", {"implementation": "Triton"}):
         assert _implementations_text(layer, (1, 16)) == "; Triton at 1 / 16"
@@ -199,11 +200,12 @@ def test_explain_says_which_implementation_runs() -> None:
     linear.weight.data[torch.rand(48, 64) < 0.7] = 0
     for format, other in (("bitmap", "CUDA C++"), ("sliced", "Triton")):
         layer = fasticl.nn.SparseLinear.from_linear(linear, format)
-        layer._lanes, layer._gather = (to_lanes(layer.packed) if format == "bitmap" else None), to_gather(layer.packed)
+        lanes = to_lanes(layer.packed) if format == "bitmap" else None
+        layer._layouts = DeviceLayouts(lanes, to_gather(layer.packed))
         assert _implementations_text(layer, (1, 8, 16)) == f"; CUDA C++ (gather) at 1 / 8; {other} at 16"
     linear.weight.data.view(-1, 4)[:, :2] = 0
     layer = fasticl.nn.SparseLinear.from_linear(linear, "nm")
-    layer._fragments = to_fragments(layer.packed)
+    layer._layouts = DeviceLayouts(fragments=to_fragments(layer.packed))
     assert _implementations_text(layer, (1, 64, 65)) == "; CUDA C++ at 1 / 64; Triton at 65"
     with tuned.forced("nm_linear", {"implementation": "Triton"}):
         assert _implementations_text(layer, (1, 64)) == "; Triton at 1 / 64"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fasticl import _C, gather_layout, lane_stream, tuned
-from fasticl.formats import PackedWeight, device_layouts
+from fasticl.formats import PackedWeight
 from fasticl.ops import _linear
 from fasticl.ops import _registry as registry
 
@@ -58,7 +58,8 @@ def bitmap_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, a
     arguments = (x, weight.values, weight.bitmask, weight.row_offsets, bias, activation)
     if registry.needs_grad(x, weight.values, bias, weight.scales):
         return reference(*arguments, scales=weight.scales)
-    layouts = device_layouts(weight.lanes, weight.gather)
+    # Those of format nm are for nm_linear.
+    layouts = {} if weight.layouts is None or weight.format == "nm" else weight.layouts.arguments
     return torch.ops.fasticl.bitmap_linear(*arguments, scales=weight.scales, **layouts)
 
 

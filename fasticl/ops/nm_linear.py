@@ -49,7 +49,8 @@ def nm_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, activ
     arguments = (x, weight.values, bitmask, bias, activation, weight.scales)
     if registry.needs_grad(x, weight.values, bias, weight.scales):
         return reference(*arguments)
-    return torch.ops.fasticl.nm_linear(*arguments, weight.fragments, weight.compressed)
+    layouts = {} if weight.layouts is None else weight.layouts.arguments
+    return torch.ops.fasticl.nm_linear(*arguments, **layouts)
 
 
 def reference(

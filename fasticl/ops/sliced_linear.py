@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fasticl import _C, tuned
-from fasticl.formats import PackedWeight, device_layouts
+from fasticl.formats import PackedWeight
 from fasticl.ops import _linear
 from fasticl.ops import _registry as registry
 from fasticl.ops.bitmap_linear import cpu as bitmap_cpu
@@ -47,7 +47,8 @@ def sliced_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, a
     if registry.needs_grad(x, weight.values, bias, weight.scales):
         return bitmap_reference(x, *portable, bias, activation, scales=weight.scales)
     arguments = (x, *portable, *layout.tensors, bias, activation, weight.scales)
-    return torch.ops.fasticl.sliced_linear(*arguments, **device_layouts(None, weight.gather))
+    layouts = {} if weight.layouts is None else weight.layouts.arguments
+    return torch.ops.fasticl.sliced_linear(*arguments, **layouts)
 
 
 def reference(
