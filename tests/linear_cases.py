@@ -239,14 +239,12 @@ class LinearCases:
         special = torch.tensor(
             [0.0, -0.0, 100.0, -100.0, 3e38, -3e38, 1e-40, -1e-40, *map(float, ("inf", "-inf", "nan"))]
         )
-        for M in (1, 20):
+        for M in (1, 8 if isa == "avx512_bf16" else 20):  # torch may multiply more, and has a GELU of its own
             for v in (*ranges, *(-r for r in ranges)):
                 v = v.to(dtype)
                 truth, pytorch_result = activate(v.double(), activation), activate(v, activation)
                 assert_close_to_truth(activated(v, M), truth.expand(M, -1), pytorch_result.expand(M, -1))
-                by_torch = isa == "avx512_bf16" and dtype == torch.bfloat16 and M > 8  # whose 1 + erf(y) cancels
-                if activation != "gelu_tanh" and not (activation == "gelu" and by_torch):
-                    # 1 + tanh(y) cancels too; the others keep their relative precision.
+                if activation != "gelu_tanh":  # 1 + tanh(y) cancels; the others keep their relative precision
                     rtol = torch.finfo(dtype).eps + 2e-5  # e^(-y^2 / 2) multiplies the rounding of its argument
                     torch.testing.assert_close(activated(v, M)[0].double(), truth, rtol=rtol, atol=smallest)
             truth = activate(special.to(dtype).double(), activation).to(dtype).expand(M, -1)
