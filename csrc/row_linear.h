@@ -12,7 +12,7 @@ namespace {
 constexpr int kMaxTokens = 8;  // accumulators of the first loop: 2 * tokens of 32 registers
 constexpr int kChains = 8;     // accumulators of the second loop: hide the latency of two multiply-adds a cycle
 constexpr int kProducts = 16;  // accumulators of a dense weight in the second loop, which share loads of x^T
-constexpr int64_t kMaxDenseTokens = 16;  // of a dense weight in the first loop
+constexpr int64_t kMaxDenseTokens = 16;  // of a dense weight, or in pairs, in the first loop
 #else
 constexpr int kMaxTokens = 4;
 constexpr int kChains = 4;  // of two registers each
@@ -706,12 +706,12 @@ void run_many(const LinearParams& p, int64_t m0, int64_t m1) {
 
 // Whether M <= kMaxTokens tokens are faster in the first loop, by its cycles for 64 columns against those of the
 // second: lines fitted to one AVX-512 core. The first pays for every token, more if their x is too long for L1; the
-// second for every stored value. Products of pairs make the first loop the faster one (4 + 1.4 M cycles on Zen 5).
+// second for every stored value. For products of pairs, up to 16 tokens, the lines are those of Zen 5.
 inline bool few_pay(const LinearParams& p, int64_t M) {
-  if (in_pairs(p)) return true;
   const RowWeight& w = p.weight;
-  const double few = M * w.K * 4 <= 5 * kTileBytes / 4 ? 9 + 3.5 * M : 4 + 7.5 * M;
   const double density = static_cast<double>(w.row_start(w.N)) / (static_cast<double>(w.N) * w.K);
+  if (in_pairs(p)) return 4 * ceil_div(M, kMaxTokens) + 1.4 * M <= 12 + 75 * density;
+  const double few = M * w.K * 4 <= 5 * kTileBytes / 4 ? 9 + 3.5 * M : 4 + 7.5 * M;
   return few <= 16 + 130 * density;
 }
 
@@ -719,7 +719,7 @@ template <class TV>
 void run_rows(LinearParams p) {
   const RowWeight& w = p.weight;
   if (w.K == 0) return run_few<TV>(p);  // an empty bitmask has no address
-  const int64_t most_few = w.bitmask ? kMaxTokens : kMaxDenseTokens;
+  const int64_t most_few = w.bitmask && !in_pairs(p) ? kMaxTokens : kMaxDenseTokens;
   // Whole panels of 64 tokens, and what is left in the smallest panel that holds it or in the first loop.
   int64_t done = 0;
   while (done < p.M) {

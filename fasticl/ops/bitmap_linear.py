@@ -39,7 +39,7 @@ def bitmap_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, a
     Int8 values are multiplied as integers times float32, and each sum by its row's scale: nothing else is rounded. On
     CUDA they run the reference.
 
-    On a CPU with products of bfloat16 (AVX512_BF16: Zen 4, Sapphire Rapids) more than 8 tokens of bfloat16 are
+    On a CPU with products of bfloat16 (AVX512_BF16: Zen 4, Sapphire Rapids) more than 16 tokens of bfloat16 are
     multiplied by the unpacked weight, if more than 30 % of it is stored: a matmul of PyTorch, which rounds once more
     before the scales and the activation. So are more than 256 tokens on CUDA where a CUDA C++ kernel runs; there
     several multiprocessors may share an output's K, and their sums are added in one order, so that equal calls give

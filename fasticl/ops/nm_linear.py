@@ -33,7 +33,7 @@ def nm_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, activ
     Returns:
         ``[..., N]`` in ``x.dtype``; products accumulate in float32, the result is rounded once.
 
-    On a CPU with products of bfloat16, more than 8 tokens of it are multiplied as :func:`fasticl.ops.bitmap_linear`
+    On a CPU with products of bfloat16, more than 16 tokens of it are multiplied as :func:`fasticl.ops.bitmap_linear`
     says.
     On CUDA the C++ kernel, for 2:4 and up to 64 tokens, multiplies what is stored, zeros that fill a group included,
     and nothing else: an infinite or NaN x gives NaN there, and elsewhere, unlike in the dense product, nothing. So does
