@@ -751,6 +751,13 @@ inline void run_row_linear(const LinearParams& p) {
 
 // ---- the dense weight --------------------------------------------------------------------------------------
 
+// 64 columns; reads as many values from p on.
+#if defined(FASTICL_TARGET_AVX512)
+template <class TV>
+FASTICL_INLINE void unpack_word(const TV* p, uint64_t mask, bf16* out) {
+  expand64(p, mask, out);
+}
+#else
 template <class TV>
 FASTICL_INLINE void unpack_word(const TV* p, uint64_t mask, bf16* out) {
   for (int i = 0; i < 4; i++, mask >>= kLanes) {
@@ -758,8 +765,6 @@ FASTICL_INLINE void unpack_word(const TV* p, uint64_t mask, bf16* out) {
     p += __builtin_popcount(mask & 0xffff);
   }
 }
-#if defined(FASTICL_TARGET_AVX512)
-FASTICL_INLINE void unpack_word(const bf16* p, uint64_t mask, bf16* out) { expand64(p, mask, out); }
 #endif
 
 template <class TV>

@@ -166,6 +166,18 @@ FASTICL_INLINE void expand64(const bf16* p, uint64_t mask, bf16* out) {
   _mm512_storeu_si512(out, expand_pairs(p, static_cast<uint32_t>(mask)));
   _mm512_storeu_si512(out + 32, expand_pairs(second, static_cast<uint32_t>(mask >> 32)));
 }
+FASTICL_INLINE void expand64(const int8_t* p, uint64_t mask, bf16* out) {  // the upper halves of float32, exact
+  alignas(64) static const uint16_t kUpper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                                  33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  const __m512i upper = _mm512_load_si512(kUpper), bytes = vpexpandb(_mm512_loadu_si512(p), mask);
+  const __m128i quarters[4] = {_mm512_castsi512_si128(bytes), _mm512_extracti32x4_epi32(bytes, 1),
+                               _mm512_extracti32x4_epi32(bytes, 2), _mm512_extracti32x4_epi32(bytes, 3)};
+  for (int i = 0; i < 4; i += 2) {
+    const __m512i a = _mm512_castps_si512(widen_i8(quarters[i]).v),
+                  b = _mm512_castps_si512(widen_i8(quarters[i + 1]).v);
+    _mm512_storeu_si512(out + 16 * i, _mm512_permutex2var_epi16(a, upper, b));
+  }
+}
 FASTICL_INLINE Vec dot_pairs(__m512i a, __m512i b, Vec acc) {  // its own attribute would keep it out of lambdas
   asm("vdpbf16ps %2, %1, %0" : "+v"(acc.v) : "v"(a), "v"(b));
   return acc;
