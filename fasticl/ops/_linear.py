@@ -113,7 +113,7 @@ def unpacked_linear(
         if scales is None:
             y = torch.nn.functional.linear(x, weight, some_bias)
         else:
-            y = torch.nn.functional.linear(x, weight).float() * scales[first:end].float()
-            y = y if some_bias is None else y + some_bias.float()
-        parts.append(registry.apply_activation(y, activation).to(x.dtype))
+            y = torch.nn.functional.linear(x, weight)
+            y = y.mul_(scales[first:end]) if some_bias is None else torch.addcmul(some_bias, y, scales[first:end])
+        parts.append(registry.apply_activation(y, activation))
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
