@@ -39,11 +39,11 @@ def bitmap_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, a
     Int8 values are multiplied as integers times float32, and each sum by its row's scale: nothing else is rounded. On
     CUDA they run the reference.
 
-    On a CPU with products of bfloat16 (AVX512_BF16: Zen 4, Sapphire Rapids) more than 16 tokens of bfloat16 are
-    multiplied by the unpacked weight, if more than 30 % of it is stored: a matmul of PyTorch, which rounds once more
-    before the scales and the activation. So are more than 256 tokens on CUDA where a CUDA C++ kernel runs; there
-    several multiprocessors may share an output's K, and their sums are added in one order, so that equal calls give
-    equal bits.
+    On a CPU with products of bfloat16 (AVX512_BF16: Zen 4, Sapphire Rapids) up to 16 tokens are multiplied by these,
+    for which numbers below 2^-126 count as zero, and more by the unpacked weight, if more than 30 % of it is stored: a
+    matmul of PyTorch, which rounds once more before the scales and the activation. So are more than 256 tokens on CUDA
+    where a CUDA C++ kernel runs; there several multiprocessors may share an output's K, and their sums are added in one
+    order, so that equal calls give equal bits.
 
     Where a weight is not stored, a few tokens (at most 8, 4 without AVX-512, and fewer the sparser the weight) are
     multiplied by zero, more are not: an infinite or NaN x there gives NaN, as in the dense product, or nothing. On CUDA
