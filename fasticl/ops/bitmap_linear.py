@@ -45,10 +45,11 @@ def bitmap_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, a
     where a CUDA C++ kernel runs; there several multiprocessors may share an output's K, and their sums are added in one
     order, so that equal calls give equal bits.
 
-    Where a weight is not stored, a few tokens (at most 8, 4 without AVX-512, and fewer the sparser the weight) are
-    multiplied by zero, more are not: an infinite or NaN x there gives NaN, as in the dense product, or nothing. On CUDA
-    it always gives NaN, but for the kernel of up to 8 tokens and a density below a quarter (the one of
-    :func:`fasticl.ops.sliced_linear`), which multiplies what is stored, zeros that fill its lists up, and nothing else.
+    Where a weight is not stored, a few tokens (at most 8, 16 in products of bfloat16, 4 without AVX-512, and fewer the
+    sparser the weight) are multiplied by zero, more are not, unless the weight is unpacked: an infinite or NaN x there
+    gives NaN, as in the dense product, or nothing. On CUDA it always gives NaN, but for the kernel of up to 8 tokens
+    and a density below a quarter (the one of :func:`fasticl.ops.sliced_linear`), which multiplies what is stored, zeros
+    that fill its lists up, and nothing else.
 
     Raises:
         TypeError: ``x`` or ``bias`` is not of the weight's dtype, or ``weight`` is no PackedWeight.
