@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import fasticl
 from fasticl import PackedWeight
-from fasticl.ops import fused_mlp
+from fasticl.ops import _linear, fused_mlp
 
 Weight = Tensor | PackedWeight
 
@@ -100,9 +100,12 @@ def assert_as_unfused(
     truth = mlp(x.double(), *map(double, dense), activation, *map(double, biases))
     pytorch_result = mlp(x, *dense, activation, *biases)
     names = ("up_bias", "down_bias", "gate_bias")
+    int8 = any("int8" in kind for kind in kinds) and dtype == torch.bfloat16 and _linear.multiplies_bfloat16()
     for M in tokens:
         result = fused_mlp(x[:M], up, down, gate, activation=activation, **dict(zip(names, biases, strict=True)))
-        assert_close_to_truth(result, truth[:M], pytorch_result[:M])
+        # Sums of many tokens and int8 values are rounded once more there, before their scale and bias.
+        factor = 4.0 if int8 and len(result) >= _linear.UNPACKED_TOKENS else 2.0
+        assert_close_to_truth(result, truth[:M], pytorch_result[:M], factor)
 
 
 # ---- parity with the float64 truth -----------------------------------------------------------------------------------
