@@ -794,6 +794,7 @@ void unpack(const RowWeight& w, int64_t n0, int64_t n1, bf16* out, int threads) 
 }
 
 inline void run_unpack(const RowWeight& w, int64_t n0, int64_t n1, bf16* out, int threads) {
+  if (w.K == 0) return;  // an empty bitmask has no address
   if (w.dtype == DType::i8) {
     unpack<int8_t>(w, n0, n1, out, threads);
   } else {
