@@ -96,6 +96,6 @@ def last_level_cache_bytes(device: str = "cpu") -> int:
 def cold_bytes(device: str = "cpu") -> int:
     """Of what is read over and over and yet comes from memory: 1.25 times the cache, on a CPU at least 256 MiB.
 
-    A small cache that replaces lines in another order than the oldest first (Zen 5's) keeps much of twice its size.
+    A small cache that does not replace its oldest lines first keeps some of what is twice its size.
     """
     return max(last_level_cache_bytes(device) * 5 // 4, 0 if device == "cuda" else 256 << 20)

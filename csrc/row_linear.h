@@ -228,7 +228,7 @@ void few_tokens_fixed(const RowWeight& w, int64_t n0, int64_t n1, const float* x
 template <class TV, bool kDense, int B>
 void few_tokens(const RowWeight& w, int64_t n0, int64_t n1, const bf16* x, int64_t x_stride, float* out,
                 int64_t out_stride, uint8_t* spare) {
-  constexpr int U = B <= 2 ? 2 : 1;  // words in turn, as a product waits six cycles for the one before it
+  constexpr int U = B <= 2 ? 2 : 1;  // words in turn, to hide the latency of a product; then the tokens do
   const int64_t whole = w.K / kWord, left = w.K % kWord;
   RowSums rows;
   rows.first = n0, rows.end = n1;

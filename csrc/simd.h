@@ -60,7 +60,7 @@ FASTICL_INLINE void store(f16* p, Vec a) {
 // ---- the sparse primitives ---------------------------------------------------------------------------------
 
 // VPEXPAND and VPCOMPRESS with zeroing, from a register into itself. Of the intrinsics the compiler chooses another
-// register to write, and Zen 5 waits for what was in that one: 5 cycles each, where it can do one a cycle.
+// register to write, and Zen 5 waits for what was in that one, though nothing of it is kept.
 #define FASTICL_IN_PLACE(instruction, Register, Mask)                                 \
   FASTICL_INLINE Register instruction(Register v, Mask mask) {                        \
     asm(#instruction " %0, %0%{%1%}%{z%}" : "+v"(v) : "Yk"(static_cast<Mask>(mask))); \

@@ -15,7 +15,7 @@ from fasticl.ops import _registry as registry
 GATHER_DENSITY = {4: gather_layout.MAX_DENSITY, gather_layout.MAX_TOKENS: 0.18}
 GATHER = "CUDA C++ (gather)"
 # On a CPU with products of bfloat16, from how many tokens and above which density torch's matmul of the unpacked weight
-# is faster than the row kernel, which multiplies float32 there. Measured on Zen 5.
+# is faster than the row kernel, which multiplies float32 there: chosen on Zen 5.
 UNPACKED_TOKENS, UNPACKED_DENSITY = 17, 0.3
 UNPACKED_BYTES = 1 << 23  # at a time, in one place: what the matmul reads is in cache, and no new pages are touched
 
